@@ -1,0 +1,242 @@
+"""Where N tensors lie in one flat buffer: checked once, then kept with its launch table. Shared by pack and unpack."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mics_kernels.backend import INSTALLED, constexpr, jit, tl
+from mics_kernels.segments import FIELDS, Segments
+from mics_kernels.tables import constant
+
+KIND = constexpr(FIELDS)
+STRIDED = constexpr(FIELDS + 1)
+SHAPE = constexpr(FIELDS + 2)
+"""Columns of a row behind those of every segment table; a strided tensor's shape and strides follow."""
+
+STEP = constexpr(512)
+"""Elements per turn of the loop over a block that is short, strided or not aligned to 16 bytes."""
+
+SCRATCH = 1 << 18
+"""Elements that the reference converts at a time: small enough for scratch memory to stay in the cache."""
+
+NUMERIC = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "int1",
+}
+"""The dtypes that are converted into each other, and Triton's names for them."""
+
+CARRIERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+"""Where nothing is converted an integer of the same size carries the bits, so any dtype passes, NaNs unharmed."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlatPlan:
+    """A checked placement of tensors in a flat buffer."""
+
+    chunks: tuple[int, ...]  # sizes of tensors and gaps in the buffer's order; they sum to its length
+    chunk_of: tuple[int, ...]  # tensor -> its number among the chunks
+    gaps: tuple[int, ...]  # the chunks that no tensor fills
+    segments: Segments  # what programs work on: each tensor, and each gap if gaps are to be filled
+    tensor_of: tuple[int, ...]  # segment -> its tensor, or -1 for a gap
+    kinds: tuple[tuple[Any, Any], ...]  # distinct (tensor dtype, flat dtype), as Triton's dtypes
+    rank: int  # dimensions to walk for strided tensors; 0 if all are contiguous
+
+
+def plan(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    flat: torch.Tensor,
+    offsets: Sequence[int],
+    *,
+    scaled: bool,
+    fill_gaps: bool,
+) -> FlatPlan:
+    """Check that `tensors` lie in `flat` at `offsets`, and where; a placement seen before costs one look-up."""
+    key = (
+        op,
+        tuple([(t.dtype, t.shape, t.stride(), t.device) for t in tensors]),
+        tuple(offsets),
+        (flat.dtype, flat.shape, flat.stride(), flat.device),
+        scaled,
+    )
+    return constant(flat.device, key, lambda: _build(op, tensors, flat, tuple(offsets), scaled, fill_gaps))
+
+
+def _build(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    flat: torch.Tensor,
+    offsets: tuple[int, ...],
+    scaled: bool,
+    fill_gaps: bool,
+) -> FlatPlan:
+    if flat.ndim != 1 or not flat.is_contiguous():
+        raise ValueError(
+            f"{op}: the flat buffer has shape {tuple(flat.shape)} and strides {flat.stride()}, expected one "
+            f"contiguous dimension: pass a 1-D buffer or a slice of one"
+        )
+    if len(tensors) != len(offsets):
+        raise ValueError(f"{op}: got {len(tensors)} tensors and {len(offsets)} offsets, expected one offset a tensor")
+    for number, tensor in enumerate(tensors):
+        _check_tensor(op, number, tensor, flat, scaled)
+
+    sizes = [tensor.numel() for tensor in tensors]
+    chunks, owners = _cut(op, flat.numel(), offsets, sizes)
+    chunk_of = {owner: chunk for chunk, owner in enumerate(owners)}
+    segments, tensor_of, kinds, rank = _segments(tensors, flat, chunks, owners, scaled, fill_gaps)
+    return FlatPlan(
+        chunks=tuple(chunks),
+        chunk_of=tuple(chunk_of[number] for number in range(len(tensors))),
+        gaps=tuple(chunk for chunk, owner in enumerate(owners) if owner < 0),
+        segments=segments,
+        tensor_of=tensor_of,
+        kinds=kinds,
+        rank=rank,
+    )
+
+
+def _cut(op: str, length: int, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Sizes of tensors and gaps in the buffer's order, and whose each is (-1: nobody's)."""
+    chunks: list[int] = []
+    owners: list[int] = []
+    end = 0
+    # An empty tensor sorts before a full one at the same offset: it takes no room there.
+    for number in sorted(range(len(sizes)), key=lambda n: (offsets[n], sizes[n])):
+        offset, size = offsets[number], sizes[number]
+        if offset < 0 or offset + size > length:
+            raise ValueError(
+                f"{op}: tensor {number} would lie at [{offset}, {offset + size}), expected it inside the flat "
+                f"buffer of {length} elements: check its offset"
+            )
+        if offset < end:
+            raise ValueError(
+                f"{op}: tensor {number} would begin at {offset}, expected {end} or more, where the tensor before it "
+                f"ends: offsets must not make tensors overlap"
+            )
+        if offset > end:
+            chunks.append(offset - end)
+            owners.append(-1)
+        chunks.append(size)
+        owners.append(number)
+        end = offset + size
+    if end < length:
+        chunks.append(length - end)
+        owners.append(-1)
+    return chunks, owners
+
+
+def _segments(
+    tensors: Sequence[torch.Tensor],
+    flat: torch.Tensor,
+    chunks: Sequence[int],
+    owners: Sequence[int],
+    scaled: bool,
+    fill_gaps: bool,
+) -> tuple[Segments, tuple[int, ...], tuple[tuple[Any, Any], ...], int]:
+    """The launch table: a row for each chunk that programs work on, with its kind and its walk."""
+    walks = [_collapse(tensor) for tensor in tensors]
+    rank = max((len(walk) for walk in walks), default=0)
+    dtypes = [tensor.dtype for tensor in tensors] or [flat.dtype]  # gaps are zeroed as some kind, too
+    kinds = list(dict.fromkeys(_kind(dtype, flat.dtype, scaled) for dtype in dtypes))
+    offsets, sizes, tensor_of, extra = [], [], [], []
+    for offset, size, owner in zip(itertools.accumulate(chunks, initial=0), chunks, owners, strict=False):
+        if owner < 0 and not fill_gaps:
+            continue
+        walk = walks[owner] if owner >= 0 else []
+        kind = kinds.index(_kind(tensors[owner].dtype, flat.dtype, scaled)) if owner >= 0 else 0
+        padded = [(1, 0)] * (rank - len(walk)) + walk
+        offsets.append(offset)
+        sizes.append(size)
+        tensor_of.append(owner)
+        extra.append([kind, int(bool(walk)), *(extent for extent, _ in padded), *(stride for _, stride in padded)])
+    columns = torch.tensor(extra, dtype=torch.int64).view(len(extra), 2 + 2 * rank)
+    return Segments.build(offsets, sizes, flat.device, columns), tuple(tensor_of), tuple(kinds), rank
+
+
+def _check_tensor(op: str, number: int, tensor: torch.Tensor, flat: torch.Tensor, scaled: bool) -> None:
+    if tensor.device != flat.device:
+        raise ValueError(
+            f"{op}: tensor {number} is on {tensor.device}, expected {flat.device}, where the flat buffer is: move it"
+        )
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{op}: tensor {number} is {tensor.layout} or a lazy view, expected plain memory: resolve it")
+    if scaled and not (tensor.is_floating_point() and flat.is_floating_point()):
+        raise ValueError(
+            f"{op}: tensor {number} is {tensor.dtype} and the flat buffer {flat.dtype}, expected floating point on "
+            f"both sides of a scale: pass scale=1.0 or convert"
+        )
+    same = tensor.dtype == flat.dtype and not scaled
+    known = tensor.dtype in NUMERIC and flat.dtype in NUMERIC
+    if not known and not (same and tensor.element_size() in CARRIERS):
+        raise ValueError(
+            f"{op}: tensor {number} is {tensor.dtype} and the flat buffer {flat.dtype}, expected the same dtype or "
+            f"two of {', '.join(str(d).removeprefix('torch.') for d in NUMERIC)}: convert it first"
+        )
+
+
+def _kind(tensor: torch.dtype, flat: torch.dtype, scaled: bool) -> tuple[Any, Any]:
+    if tensor == flat and not scaled:
+        names = CARRIERS[tensor.itemsize], CARRIERS[tensor.itemsize]
+    else:
+        names = NUMERIC[tensor], NUMERIC[flat]
+    return (getattr(tl, names[0]), getattr(tl, names[1])) if INSTALLED else names
+
+
+def _collapse(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """The fewest (extent, stride) pairs that walk a tensor in row-major order; none if it is contiguous."""
+    if tensor.is_contiguous():
+        return []
+    walk: list[tuple[int, int]] = []
+    for extent, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if extent == 1:
+            continue
+        if walk and walk[-1][1] == extent * stride:
+            walk[-1] = (walk[-1][0] * extent, stride)
+        else:
+            walk.append((extent, stride))
+    return walk
+
+
+@jit
+def places(row: tl.tensor, number: tl.tensor, RANK: tl.constexpr) -> tl.tensor:
+    """The memory offsets of the elements that have the row-major numbers `number` in a strided tensor."""
+    rest = number.to(tl.int64)
+    place = tl.zeros_like(rest)
+    for back in tl.static_range(RANK):
+        extent = tl.load(row + SHAPE + RANK - 1 - back)
+        stride = tl.load(row + SHAPE + 2 * RANK - 1 - back)
+        place += (rest % extent) * stride
+        rest = rest // extent
+    return place
+
+
+def copy_scaled(source: torch.Tensor, target: torch.Tensor, scale: float) -> None:
+    """target = (source * scale).to(target.dtype), multiplied in the wider of the two dtypes, float32 or more."""
+    if scale == 1.0:
+        target.copy_(source)
+    elif source.dtype == target.dtype:
+        torch.mul(source, scale, out=target)
+    elif source.is_contiguous() and target.is_contiguous():
+        wide = torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
+        source, target = source.view(-1), target.view(-1)
+        scratch = torch.empty(min(SCRATCH, source.numel()), dtype=wide, device=source.device)
+        for begin in range(0, source.numel(), SCRATCH):
+            part = source[begin : begin + SCRATCH]
+            target[begin : begin + SCRATCH] = scratch[: part.numel()].copy_(part).mul_(scale)
+    else:
+        dense = torch.empty(source.shape, dtype=target.dtype, device=target.device)
+        copy_scaled(source.contiguous(), dense, scale)
+        target.copy_(dense)

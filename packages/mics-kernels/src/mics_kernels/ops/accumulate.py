@@ -1,0 +1,146 @@
+"""accumulate: acc += scale * (chunk_0 + chunk_1 + ... + chunk_{n-1}), or = in the first micro-step.
+
+The chunks are what the ranks of a group sent, in the dtype of the wire; they are added in their order, in float32,
+so the sum has the same bits on every run. Each chunk is read once: n * (bytes of an input) + 4 written (+ 4 read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mics_kernels.backend import backend, constexpr, jit, launch, tl
+from mics_kernels.casting import convert
+from mics_kernels.checks import FLOATS, require_flat
+from mics_kernels.tables import pointer_table
+
+TILE = 2048
+_TILE = constexpr(TILE)
+"""Elements per program: acc, sum and the chunk in flight hold 3 * 16 registers of a thread."""
+
+SCRATCH = 1 << 17
+"""Elements that the reference sums at a time: small enough for the sum to stay in the cache."""
+
+
+def reference(
+    acc: torch.Tensor,
+    chunks: torch.Tensor | Sequence[torch.Tensor],
+    scale: float = 1.0,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """What `accumulate` does, in torch."""
+    parts = _check(acc, chunks)
+    wide = torch.promote_types(torch.promote_types(acc.dtype, parts[0].dtype), torch.float32)
+    scratch = torch.empty(min(SCRATCH, acc.numel()), dtype=wide, device=acc.device)
+    for begin in range(0, acc.numel(), SCRATCH):
+        target = acc[begin : begin + SCRATCH]
+        total = scratch[: target.numel()].copy_(parts[0][begin : begin + SCRATCH])
+        for part in parts[1:]:
+            total.add_(part[begin : begin + SCRATCH])
+        total.mul_(scale)
+        if overwrite:
+            target.copy_(total)
+        else:
+            target.copy_(total.add_(target))
+
+
+@jit
+def _accumulate_kernel(
+    acc: tl.tensor,  # *A   [size]
+    pointers: tl.tensor,  # *i64 [chunks]     addresses of the chunks, [size] each
+    chunks: tl.tensor,
+    size: tl.int64,
+    scale: tl.float64,
+    CHUNK: tl.constexpr,  # dtype of the chunks
+    WIDE: tl.constexpr,  # dtype of the arithmetic
+    ALIGNED: tl.constexpr,  # every chunk begins at a multiple of 16 bytes
+    OVERWRITE: tl.constexpr,
+) -> None:
+    """One program adds one tile of every chunk."""
+    start = tl.program_id(0).to(tl.int64) * _TILE
+    index = start + tl.arange(0, _TILE)
+    if start + _TILE <= size:
+        _accumulate_tile(acc, pointers, chunks, index, size, scale, CHUNK, WIDE, ALIGNED, OVERWRITE, False)
+    else:
+        _accumulate_tile(acc, pointers, chunks, index, size, scale, CHUNK, WIDE, ALIGNED, OVERWRITE, True)
+
+
+@jit
+def _accumulate_tile(
+    acc: tl.tensor,
+    pointers: tl.tensor,
+    chunks: tl.tensor,
+    index: tl.tensor,
+    size: tl.tensor,
+    scale: tl.tensor,
+    CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    OVERWRITE: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    inside = index < size if MASKED else None
+    total = tl.zeros([_TILE], WIDE)
+    for chunk in range(chunks):
+        part = tl.load(pointers + chunk).to(tl.pointer_type(CHUNK))
+        if ALIGNED:
+            part = tl.multiple_of(part, 16)
+        total += convert(tl.load(part + index, mask=inside), WIDE)
+    total *= tl.full([_TILE], scale, WIDE)
+    if not OVERWRITE:
+        total = convert(tl.load(acc + index, mask=inside), WIDE) + total
+    tl.store(acc + index, convert(total, acc.dtype.element_ty), mask=inside)
+
+
+def _launch(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor], scale: float, *, overwrite: bool) -> None:
+    parts = _check(acc, chunks)
+    pointers = tuple([part.data_ptr() for part in parts])
+    wide = tl.float64 if torch.float64 in (acc.dtype, parts[0].dtype) else tl.float32
+    launch(
+        _accumulate_kernel,
+        -(-acc.numel() // TILE),
+        acc.device,
+        acc,
+        pointer_table(pointers, acc.device),
+        len(parts),
+        acc.numel(),
+        scale,
+        CHUNK=getattr(tl, str(parts[0].dtype).removeprefix("torch.")),
+        WIDE=wide,
+        ALIGNED=all(pointer % 16 == 0 for pointer in pointers),
+        OVERWRITE=overwrite,
+    )
+
+
+def _check(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    parts = chunks.unbind() if isinstance(chunks, torch.Tensor) else chunks
+    if len(parts) == 0:
+        raise ValueError("accumulate: got no chunks, expected one or more")
+    require_flat("accumulate", "acc", acc)
+    for number, part in enumerate(parts):
+        require_flat("accumulate", f"chunk {number}", part, FLOATS if number == 0 else (parts[0].dtype,), like=acc)
+    return parts
+
+
+def accumulate(
+    acc: torch.Tensor,
+    chunks: torch.Tensor | Sequence[torch.Tensor],
+    scale: float = 1.0,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Add `scale` times the sum of the chunks to the 1-D buffer `acc`; with `overwrite`, write it there instead.
+
+    `chunks` is a sequence of 1-D buffers as long as `acc`, or one buffer of shape [n, acc.numel()]; all have one
+    dtype. `overwrite=True` in the first micro-step saves a pass that zeroes `acc`, which may then hold anything.
+
+    >>> acc = torch.ones(2)
+    >>> accumulate(acc, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], scale=0.5)
+    >>> acc
+    tensor([3., 4.])
+    """
+    if not backend(acc.device).is_triton:
+        return reference(acc, chunks, scale, overwrite=overwrite)
+    return _launch(acc, chunks, scale, overwrite=overwrite)

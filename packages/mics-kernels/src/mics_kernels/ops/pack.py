@@ -1,0 +1,128 @@
+"""pack: many tensors -> one flat buffer, in one launch.
+
+    out[offsets[i] : offsets[i] + tensors[i].numel()] = (tensors[i] * scale).to(out.dtype)    row-major
+    out[everywhere else]                              = 0
+
+Each tensor is read once and the buffer written once: (bytes of an input + bytes of an output) per element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mics_kernels.backend import backend, jit, launch, tl
+from mics_kernels.casting import scaled
+from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, copy_scaled, places, plan
+from mics_kernels.segments import _BLOCK, locate
+from mics_kernels.tables import pointer_table
+
+
+def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
+    """What `pack` does, in torch."""
+    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, fill_gaps=True)
+    chunks = out.split_with_sizes(placement.chunks)
+    for gap in placement.gaps:
+        chunks[gap].zero_()
+    targets = [chunks[c].view(t.shape) for t, c in zip(tensors, placement.chunk_of, strict=True)]
+    if scale == 1.0 and targets:
+        torch._foreach_copy_(targets, list(tensors))
+    else:
+        for tensor, target in zip(tensors, targets, strict=True):
+            copy_scaled(tensor, target, scale)
+
+
+@jit
+def _pack_kernel(
+    out: tl.tensor,  # *D   [length]
+    pointers: tl.tensor,  # *i64 [segments]          addresses of the tensors; 0 for a gap
+    rows: tl.tensor,  # *i64 [segments, SHAPE + 2 * RANK]
+    owners: tl.tensor,  # *i32 [programs]
+    scale: tl.float64,
+    KINDS: tl.constexpr,  # the distinct (tensor dtype, flat dtype)
+    SCALED: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    """One program writes one block of one tensor, or of one gap."""
+    segment, row, start, count = locate(rows, owners, SHAPE + 2 * RANK)
+    source = tl.load(pointers + segment)
+    begin = tl.load(row) + start
+    kind = tl.load(row + KIND)
+    for k in tl.static_range(len(KINDS)):
+        if kind == k:
+            target = out.to(tl.int64) + begin * ((KINDS[k][1].primitive_bitwidth + 7) // 8)
+            _pack_block(target, source, row, start, count, scale, KINDS[k][0], KINDS[k][1], SCALED, RANK)
+
+
+@jit
+def _pack_block(
+    target: tl.tensor,
+    source: tl.tensor,
+    row: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    scale: tl.tensor,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    SCALED: tl.constexpr,
+    RANK: tl.constexpr,
+) -> None:
+    filled = source != 0
+    strided = tl.load(row + STRIDED) != 0
+    block = source + start * ((SOURCE.primitive_bitwidth + 7) // 8)
+    aligned = ((block | target) % 16 == 0) & (count == _BLOCK)
+    if aligned & (not strided):
+        index = tl.arange(0, _BLOCK)
+        wide_source = tl.multiple_of(block.to(tl.pointer_type(SOURCE)), 16)
+        wide_target = tl.multiple_of(target.to(tl.pointer_type(TARGET)), 16)
+        whole = tl.multiple_of(tl.where(filled, _BLOCK, 0), _BLOCK)  # or a mask would split the load
+        value = tl.load(wide_source + index, mask=index < whole, other=0)
+        tl.store(wide_target + index, scaled(value, scale, TARGET, SCALED))
+    else:
+        readable = tl.where(filled, count, 0)
+        for step in range(0, count, STEP):
+            index = step + tl.arange(0, STEP)
+            place = start + index
+            if RANK > 0:
+                if strided:
+                    place = places(row, place, RANK)
+            value = tl.load(source.to(tl.pointer_type(SOURCE)) + place, mask=index < readable, other=0)
+            tl.store(
+                target.to(tl.pointer_type(TARGET)) + index, scaled(value, scale, TARGET, SCALED), mask=index < count
+            )
+
+
+def _launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float) -> None:
+    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, fill_gaps=True)
+    pointers = tuple([tensors[t].data_ptr() if t >= 0 else 0 for t in placement.tensor_of])
+    launch(
+        _pack_kernel,
+        placement.segments.programs,
+        out.device,
+        out,
+        pointer_table(pointers, out.device),
+        placement.segments.rows,
+        placement.segments.owners,
+        scale,
+        KINDS=placement.kinds,
+        SCALED=scale != 1.0,
+        RANK=placement.rank,
+    )
+
+
+def pack(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
+    """Copy each tensor, times `scale`, into the 1-D buffer `out` at its offset; zero the rest of `out`.
+
+    Tensors may have any dtype, shape (empty ones too) and strides; elements go in row-major order and are converted
+    to the buffer's dtype. Offsets count elements of `out` and must not make tensors overlap. `out` must not share
+    memory with the tensors. A scale other than 1 needs floating point on both sides.
+
+    >>> flat = torch.empty(6)
+    >>> pack([torch.tensor([1, 2]), torch.tensor([[3.0], [4.0]])], flat, [0, 3], scale=1.0)
+    >>> flat
+    tensor([1., 2., 0., 3., 4., 0.])
+    """
+    if not backend(out.device).is_triton:
+        return reference(tensors, out, offsets, scale)
+    return _launch(tensors, out, offsets, scale)

@@ -1,0 +1,333 @@
+"""quantize / dequantize: blocks of a flat buffer as int8 or fp8, with one float32 scale each.
+
+    scale[b]  = max(|flat[b]|) / limit                        limit: 127 for int8, 448 for e4m3, 57344 for e5m2
+    values[i] = (flat[i] + residual[i]) / scale, rounded      |flat - values * scale| <= scale / 2 for int8
+    residual  = flat + residual - values * scale              error feedback: what was lost is sent next time
+
+A buffer is read once and written once: per element (bytes of an input) + 1 + 4 / block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mics_kernels.backend import backend, constexpr, jit, launch, tl
+from mics_kernels.casting import convert
+from mics_kernels.checks import FLOATS, require_flat
+
+TILE = 1024
+"""Elements per program: whole blocks of them."""
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""The dtypes to quantize to, and the largest magnitude of each that a block's maximum becomes."""
+
+_MANTISSA_BITS = {torch.int8: 0, torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+SMALLEST = 2.0**-100
+_SMALLEST = constexpr(SMALLEST)
+"""The least maximum a block is scaled by: below it limit / maximum would overflow, and the values round to zero."""
+
+SCRATCH = 1 << 17
+"""Elements that the reference converts at a time: small enough for scratch memory to stay in the cache."""
+
+
+class Quantized(NamedTuple):
+    """A quantized buffer: what travels."""
+
+    values: torch.Tensor  # int8 or fp8, as long as the buffer
+    scales: torch.Tensor  # float32, one for each block; NaN where a block held an infinity or a NaN
+
+
+def quantize_reference(
+    flat: torch.Tensor, out: Quantized, block: int = 256, residual: torch.Tensor | None = None
+) -> Quantized:
+    """What `quantize` does, in torch."""
+    limit = LIMITS[out.values.dtype]
+    per_turn = max(1, SCRATCH // block) * block
+    whole = flat.numel() // block * block
+    turns = [(begin, min(begin + per_turn, whole)) for begin in range(0, whole, per_turn)]
+    if whole < flat.numel():
+        turns.append((whole, flat.numel()))
+    for begin, end in turns:
+        width = min(block, end - begin)
+        values = out.values[begin:end].view(-1, width)
+        scales = out.scales[begin // block : -(-end // block)]
+        x = flat[begin:end].view(-1, width).to(torch.float32, copy=True)
+        if residual is not None:
+            x += residual[begin:end].view(-1, width)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
+        strange = largest.isfinite().logical_not_()
+        anything_strange = bool(strange.any())
+        if anything_strange:
+            x[strange] = 0
+            largest[strange] = 0
+        largest.clamp_(min=SMALLEST)
+        torch.div(largest, limit, out=scales)
+        scaled = x * torch.div(limit, largest).unsqueeze(1)
+        if not out.values.is_floating_point():
+            scaled.round_()
+        values.copy_(scaled.clamp_(-limit, limit))
+        if residual is not None:
+            error = x.sub_(torch.mul(values.to(torch.float32), scales.unsqueeze(1)))
+            kept = residual[begin:end].view(-1, width)
+            kept.copy_(torch.where(strange.unsqueeze(1), kept, error) if anything_strange else error)
+        if anything_strange:
+            scales[strange] = torch.nan
+    return out
+
+
+def dequantize_reference(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int = 256) -> None:
+    """What `dequantize` does, in torch."""
+    whole = values.numel() // block * block
+    for begin, end, width in ((0, whole, block), (whole, values.numel(), values.numel() - whole)):
+        if begin < end:
+            factor = scales[begin // block : -(-end // block)].unsqueeze(1)
+            part = values[begin:end].view(-1, width)
+            target = out[begin:end].view(-1, width)
+            if out.dtype == torch.float32:
+                torch.mul(target.copy_(part), factor, out=target)
+            else:
+                target.copy_(part.to(torch.float32).mul_(factor))
+
+
+@jit
+def _quantize_kernel(
+    flat: tl.tensor,  # *D   [size]
+    values: tl.tensor,  # *i8 or *u8 (the bits of fp8)  [size]
+    scales: tl.tensor,  # *f32 [ceil(size / WIDTH)]
+    residual: tl.tensor,  # *R   [size], or None
+    size: tl.int64,
+    LIMIT: tl.constexpr,
+    MANTISSA: tl.constexpr,  # bits of fp8's mantissa; 0 for int8
+    WIDTH: tl.constexpr,  # elements per scale
+    TILE: tl.constexpr,
+) -> None:
+    """One program quantizes one tile of whole blocks."""
+    tile = tl.program_id(0).to(tl.int64)
+    if (tile + 1) * TILE <= size:
+        _quantize_tile(flat, values, scales, residual, tile, size, LIMIT, MANTISSA, WIDTH, TILE, False)
+    else:
+        _quantize_tile(flat, values, scales, residual, tile, size, LIMIT, MANTISSA, WIDTH, TILE, True)
+
+
+@jit
+def _quantize_tile(
+    flat: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    residual: tl.tensor,
+    tile: tl.tensor,
+    size: tl.tensor,
+    LIMIT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    ROWS: tl.constexpr = TILE // WIDTH
+    row = tile * ROWS + tl.arange(0, ROWS)
+    index = tile * TILE + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = index < size if MASKED else None
+    x = convert(tl.load(flat + index, mask=inside, other=0) if MASKED else tl.load(flat + index), tl.float32)
+    if residual is not None:
+        kept = tl.load(residual + index, mask=inside, other=0) if MASKED else tl.load(residual + index)
+        x += convert(kept, tl.float32)
+    strange = tl.max((x - x != 0).to(tl.int32), 1) != 0
+    largest = tl.max(tl.abs(x), 1)
+    largest = tl.maximum(tl.where(strange, 0.0, largest), _SMALLEST)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
+    inverse = tl.div_rn(tl.full(largest.shape, LIMIT, tl.float32), largest)
+    y = tl.where(strange[:, None], 0.0, x) * inverse[:, None]
+    y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)
+    if MANTISSA == 0:
+        whole = _to_nearest_integer(y)
+        code = whole.to(tl.int8)
+    else:
+        code = _encode(y, MANTISSA)
+    tl.store(values + index, code, mask=inside)
+    tl.store(scales + row, tl.where(strange, float("nan"), scale), mask=(row * WIDTH < size) if MASKED else None)
+    if residual is not None:
+        back = whole if MANTISSA == 0 else _decode(code, MANTISSA)
+        error = convert(x - back * scale[:, None], residual.dtype.element_ty)
+        tl.store(residual + index, tl.where(strange[:, None], kept, error), mask=inside)
+
+
+@jit
+def _dequantize_kernel(
+    values: tl.tensor,  # *i8 or *u8 (the bits of fp8)  [size]
+    scales: tl.tensor,  # *f32 [ceil(size / WIDTH)]
+    out: tl.tensor,  # *D   [size]
+    size: tl.int64,
+    MANTISSA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """One program restores one tile of whole blocks."""
+    tile = tl.program_id(0).to(tl.int64)
+    if (tile + 1) * TILE <= size:
+        _dequantize_tile(values, scales, out, tile, size, MANTISSA, WIDTH, TILE, False)
+    else:
+        _dequantize_tile(values, scales, out, tile, size, MANTISSA, WIDTH, TILE, True)
+
+
+@jit
+def _dequantize_tile(
+    values: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    tile: tl.tensor,
+    size: tl.tensor,
+    MANTISSA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    ROWS: tl.constexpr = TILE // WIDTH
+    row = tile * ROWS + tl.arange(0, ROWS)
+    index = tile * TILE + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = index < size if MASKED else None
+    code = tl.load(values + index, mask=inside)
+    scale = tl.load(scales + row, mask=(row * WIDTH < size) if MASKED else None)
+    back = code.to(tl.float32) if MANTISSA == 0 else _decode(code, MANTISSA)
+    tl.store(out + index, convert(back * scale[:, None], out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _to_nearest_integer(x: tl.tensor) -> tl.tensor:
+    """Ties to even: adding 1.5 * 2**23 leaves no bit for a fraction, and rounds as the hardware does."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@jit
+def _encode(x: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
+    """The bits of float32 `x` (finite, within the limit) as fp8, ties to even, with integers: sm_80 has no fp8."""
+    BIAS: tl.constexpr = 2 ** (6 - MANTISSA) - 1
+    DROPPED: tl.constexpr = 23 - MANTISSA
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = magnitude + (2 ** (DROPPED - 1) - 1) + ((magnitude >> DROPPED) & 1)
+    normal = (rounded >> DROPPED) - ((127 - BIAS) << MANTISSA)
+    subnormal = _to_nearest_integer(tl.abs(x) * (2.0 ** (BIAS - 1 + MANTISSA))).to(tl.uint32)
+    code = tl.where(tl.abs(x) < 2.0 ** (1 - BIAS), subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@jit
+def _decode(code: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
+    """fp8 bits -> float32."""
+    BIAS: tl.constexpr = 2 ** (6 - MANTISSA) - 1
+    wide = code.to(tl.uint32)
+    magnitude = wide & 0x7F
+    normal = ((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
+    subnormal = magnitude.to(tl.float32) * (2.0 ** -(BIAS - 1 + MANTISSA))
+    x = tl.where(magnitude < 2**MANTISSA, subnormal, normal)
+    if MANTISSA == 3:
+        x = tl.where(magnitude == 0x7F, float("nan"), x)  # e4m3fn has no infinity
+    else:
+        x = tl.where(magnitude == 0x7C, float("inf"), tl.where(magnitude > 0x7C, float("nan"), x))
+    return tl.where(wide > 0x7F, -x, x)
+
+
+def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: torch.Tensor | None) -> Quantized:
+    launch(
+        _quantize_kernel,
+        -(-flat.numel() // TILE),
+        flat.device,
+        flat,
+        out.values if out.values.dtype == torch.int8 else out.values.view(torch.uint8),
+        out.scales,
+        residual,
+        flat.numel(),
+        LIMIT=LIMITS[out.values.dtype],
+        MANTISSA=_MANTISSA_BITS[out.values.dtype],
+        WIDTH=block,
+        TILE=TILE,
+    )
+    return out
+
+
+def _launch_dequantize(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int) -> None:
+    launch(
+        _dequantize_kernel,
+        -(-values.numel() // TILE),
+        values.device,
+        values if values.dtype == torch.int8 else values.view(torch.uint8),
+        scales,
+        out,
+        values.numel(),
+        MANTISSA=_MANTISSA_BITS[values.dtype],
+        WIDTH=block,
+        TILE=TILE,
+    )
+
+
+def _check_block(op: str, block: int) -> None:
+    if not 16 <= block <= TILE or block & (block - 1):
+        raise ValueError(f"{op}: block is {block}, expected a power of two from 16 to {TILE}")
+
+
+def _check_scales(op: str, scales: torch.Tensor, flat: torch.Tensor, block: int) -> None:
+    require_flat(op, "scales", scales, (torch.float32,))
+    expected = -(-flat.numel() // block)
+    if scales.numel() != expected or scales.device != flat.device:
+        raise ValueError(
+            f"{op}: scales has {scales.numel()} elements on {scales.device}, expected {expected} on {flat.device}: "
+            f"one for each {block} of {flat.numel()}"
+        )
+
+
+def quantize(
+    flat: torch.Tensor,
+    dtype: torch.dtype = torch.int8,
+    *,
+    block: int = 256,
+    residual: torch.Tensor | None = None,
+    out: Quantized | None = None,
+) -> Quantized:
+    """Quantize the 1-D buffer `flat` to int8, float8_e4m3fn or float8_e5m2, with one scale for each `block` elements.
+
+    `residual`, a buffer as long as `flat` that starts as zeros, is added before and receives what rounding lost
+    (error feedback): pass the same one again next time. `out` takes the place of newly allocated results. A block
+    with an infinity or a NaN gets the scale NaN, so that it comes back as NaN, and leaves its residual as it was.
+
+    >>> values, scales = quantize(torch.tensor([0.0, 63.0, -127.0]))
+    >>> values
+    tensor([   0,   63, -127], dtype=torch.int8)
+    """
+    require_flat("quantize", "the buffer", flat, FLOATS[:3])
+    _check_block("quantize", block)
+    if out is None:
+        if dtype not in LIMITS:
+            raise ValueError(f"quantize: dtype is {dtype}, expected one of {', '.join(map(str, LIMITS))}")
+        scales = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
+        out = Quantized(torch.empty_like(flat, dtype=dtype), scales)
+    require_flat("quantize", "out.values", out.values, tuple(LIMITS), like=flat)
+    _check_scales("quantize", out.scales, flat, block)
+    if residual is not None:
+        require_flat("quantize", "residual", residual, FLOATS[:3], like=flat)
+    if not backend(flat.device).is_triton:
+        return quantize_reference(flat, out, block, residual)
+    return _launch_quantize(flat, out, block, residual)
+
+
+def dequantize(
+    values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None = None, *, block: int = 256
+) -> torch.Tensor:
+    """Restore what `quantize` made with the same `block`, into `out` or a new float32 buffer; return it.
+
+    >>> dequantize(*quantize(torch.tensor([0.0, 63.0, -127.0])))
+    tensor([   0.,   63., -127.])
+    """
+    require_flat("dequantize", "values", values, tuple(LIMITS))
+    _check_block("dequantize", block)
+    _check_scales("dequantize", scales, values, block)
+    if out is None:
+        out = torch.empty_like(values, dtype=torch.float32)
+    require_flat("dequantize", "out", out, FLOATS[:3], like=values)
+    if not backend(values.device).is_triton:
+        dequantize_reference(values, scales, out, block)
+    else:
+        _launch_dequantize(values, scales, out, block)
+    return out

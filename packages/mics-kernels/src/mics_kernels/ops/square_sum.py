@@ -1,0 +1,133 @@
+"""square_sum: the sum of squares of a flat buffer, and whether anything in it is infinite or NaN.
+
+One read of the buffer, one launch, nothing crosses to the host. The buffer is cut the same way every time, by its
+length alone, and the partial sums are added in the same order: the same buffer gives the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mics_kernels.backend import backend, constexpr, jit, launch, tl
+from mics_kernels.casting import convert
+from mics_kernels.checks import require_flat
+from mics_kernels.tables import scratch
+
+TILE = 2048
+PROGRAMS = 1024
+_TILE = constexpr(TILE)
+_PROGRAMS = constexpr(PROGRAMS)
+"""At most 1024 programs walk the tiles in turn: enough to fill a GPU, few enough for the last one to add up."""
+
+SCRATCH = 1 << 17
+"""Elements that the reference squares at a time: small enough for the squares to stay in the cache."""
+
+
+class SquareSum(NamedTuple):
+    """Two 0-dim tensors on the buffer's device: views of one pair, so that one collective can carry both."""
+
+    sum: torch.Tensor
+    nonfinite: torch.Tensor  # 1 if an element is infinite or NaN, else 0
+
+
+def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
+    """What `square_sum` does, in torch; partial sums are added up in float64."""
+    out = _check(flat, out)
+    parts = torch.split(flat, SCRATCH)
+    sums = torch.zeros(len(parts), dtype=torch.float64, device=flat.device)
+    room = torch.empty(min(SCRATCH, flat.numel()), dtype=out.dtype, device=flat.device)
+    for number, part in enumerate(parts):
+        value = part if part.dtype == out.dtype else room[: part.numel()].copy_(part)
+        sums[number] = torch.mul(value, value, out=room[: part.numel()]).sum()
+    out[0] = sums.sum()
+    # A finite sum has no infinite or NaN term; on a GPU asking would be a host sync, so there all is read twice.
+    finite = flat.device.type == "cpu" and bool(out[0].isfinite())
+    out[1] = 0 if finite else flat.isfinite().all().logical_not()
+    return SquareSum(out[0], out[1])
+
+
+@jit
+def _square_sum_kernel(
+    flat: tl.tensor,  # *D   [size]
+    out: tl.tensor,  # *S   [2]
+    partials: tl.tensor,  # *f64 [PROGRAMS, 2]
+    tickets: tl.tensor,  # *i32 [1]              0 between launches
+    size: tl.int64,
+    programs: tl.tensor,
+    WIDE: tl.constexpr,
+) -> None:
+    """One program squares every `programs`-th tile; the one that finishes last adds up what all have found."""
+    program = tl.program_id(0)
+    total = tl.zeros([_TILE], WIDE)
+    strange = tl.zeros([_TILE], tl.int32)
+    whole = size // _TILE * _TILE
+    for start in range(program.to(tl.int64) * _TILE, whole, programs.to(tl.int64) * _TILE):
+        value = convert(tl.load(flat + start + tl.arange(0, _TILE)), WIDE)
+        total += value * value
+        strange |= (value - value != 0).to(tl.int32)
+    if program == programs - 1:
+        index = whole + tl.arange(0, _TILE)
+        value = convert(tl.load(flat + index, mask=index < size, other=0), WIDE)
+        total += value * value
+        strange |= (value - value != 0).to(tl.int32)
+    tl.store(partials + 2 * program, tl.sum(total.to(tl.float64), 0))
+    tl.store(partials + 2 * program + 1, tl.max(strange, 0).to(tl.float64))
+    # The partials of this program are in memory before its ticket counts; whoever draws the last ticket sees all.
+    tl.debug_barrier()
+    if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
+        lane = tl.arange(0, _PROGRAMS)
+        sums = tl.load(partials + 2 * lane, mask=lane < programs, other=0, volatile=True)
+        flags = tl.load(partials + 2 * lane + 1, mask=lane < programs, other=0, volatile=True)
+        tl.store(out, tl.sum(sums, 0).to(WIDE))
+        tl.store(out + 1, tl.max(flags, 0).to(WIDE))
+        tl.store(tickets, 0)
+
+
+def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
+    out = _check(flat, out)
+    programs = max(1, min(PROGRAMS, -(-flat.numel() // TILE)))
+    device = flat.device
+    launch(
+        _square_sum_kernel,
+        programs,
+        device,
+        flat,
+        out,
+        scratch(device, "square_sum partials", lambda: torch.empty(2 * PROGRAMS, dtype=torch.float64, device=device)),
+        scratch(device, "square_sum tickets", lambda: torch.zeros(1, dtype=torch.int32, device=device)),
+        flat.numel(),
+        programs,
+        WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
+    )
+    return SquareSum(out[0], out[1])
+
+
+def _check(flat: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    require_flat("square_sum", "the buffer", flat)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    if out is None:
+        return torch.empty(2, dtype=wide, device=flat.device)
+    require_flat("square_sum", "out", out, (wide,))
+    if out.numel() != 2 or out.device != flat.device:
+        raise ValueError(
+            f"square_sum: out has {out.numel()} elements on {out.device}, expected 2 on {flat.device}: "
+            f"one for the sum, one for the flag"
+        )
+    return out
+
+
+def square_sum(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
+    """The sum of squares of the 1-D buffer `flat`, and 1 if an element is infinite or NaN, else 0.
+
+    Both are 0-dim float32 tensors (float64 for a float64 buffer) on the buffer's device: reading them on the host is
+    up to you. `out`, a buffer of two numbers, receives them; without it a new one is allocated. The flag looks at
+    the elements, not the sum, which may overflow to infinity on finite ones.
+
+    >>> square_sum(torch.tensor([3.0, 4.0]))
+    SquareSum(sum=tensor(25.), nonfinite=tensor(0.))
+    """
+    if not backend(flat.device).is_triton:
+        return reference(flat, out)
+    return _launch(flat, out)

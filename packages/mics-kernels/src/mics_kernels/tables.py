@@ -1,0 +1,79 @@
+"""Small device tensors that launches need again and again: made once, and kept while they serve."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+KEPT = 4096
+"""Entries kept before the least recently used one goes: a model has a few hundred units, each with a few."""
+
+_CONSTANTS: OrderedDict[Hashable, Any] = OrderedDict()
+_CAPTURED: dict[Hashable, Any] = {}
+_SCRATCH: OrderedDict[Hashable, Any] = OrderedDict()
+
+
+def constant(device: torch.device, key: Hashable, build: Callable[[], T]) -> T:
+    """What `build` returned for `key`, which must determine it: memory that launches read and never write."""
+    found: T | None = _CONSTANTS.get(key)
+    capturing = _capturing(device)
+    if found is None:
+        if capturing:
+            raise RuntimeError(
+                "mics_kernels: a CUDA graph is being captured and this op meets these sizes for the first time, "
+                "expected their tables on the device already: call it once before the capture"
+            )
+        found = _CONSTANTS[key] = build()
+        if len(_CONSTANTS) > KEPT:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # a launch on any stream may still read the one that goes
+            _CONSTANTS.popitem(last=False)
+    else:
+        _CONSTANTS.move_to_end(key)
+    if capturing:
+        _CAPTURED[key] = found  # the graph's replays will read it, for as long as the graph lives
+    return found
+
+
+def scratch(device: torch.device, key: Hashable, build: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `build` returned for `key` on the current stream: memory that launches write.
+
+    One per stream: two launches never share it, and the allocator may reuse a dropped one in stream order.
+    """
+    if _capturing(device):
+        return build()  # the graph's replays fill this memory, and it comes from their pool: nobody may share it
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    place = (device, stream, key)
+    found = _SCRATCH.get(place)
+    if found is None:
+        found = _SCRATCH[place] = build()
+        if len(_SCRATCH) > KEPT:
+            _SCRATCH.popitem(last=False)
+    else:
+        _SCRATCH.move_to_end(place)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def pointer_table(pointers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """An int64 tensor on `device` that holds `pointers`; the same one for as long as the same pointers come.
+
+    The numbers travel as kernel arguments, by value: there is no pinned buffer to guard and no host sync, and a CUDA
+    graph records them.
+    """
+
+    def build() -> torch.Tensor:
+        table = torch.zeros(len(pointers), dtype=torch.int64, device=device)
+        torch._foreach_add_(list(table.unbind()), list(pointers))
+        return table
+
+    return scratch(device, pointers, build)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
