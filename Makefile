@@ -1,0 +1,71 @@
+# The entry points. Each target that needs the environment brings it up to date first, which costs nothing when it is.
+
+PYTHON ?=
+export PYTHON
+PY := .venv/bin/python
+GPU_PYTHON := $(or $(PYTHON),python3)
+SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
+
+.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels \
+	gpu-check pretrain dist lock clean
+
+help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Build .venv with the locked versions, with a CPU build of torch where there is no NVIDIA GPU.
+	@tools/setup.sh
+
+test: setup ## Run the tests.
+	@$(PY) -m pytest $(ARGS)
+
+test-triton36: setup ## Run the kernel tests on Triton 3.6, the oldest version supported.
+	@test -e .venv/triton36/complete || { $(PY) -m pip install -qq --no-deps --upgrade --target .venv/triton36 \
+		triton==3.6.0 && touch .venv/triton36/complete; }
+	@PYTHONPATH=.venv/triton36 $(PY) -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
+	@PYTHONPATH=.venv/triton36 $(PY) -m pytest tests/kernels $(ARGS)
+
+lint: setup ## Check style and formatting.
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+
+types: setup ## Check the types of the three packages, strictly.
+	@$(PY) -m mypy
+
+contracts: setup ## Check which package may import which.
+	@.venv/bin/lint-imports --no-logo
+
+check: lint types contracts ## Run lint, types and contracts.
+
+format: setup ## Format the code and repair what the linter can.
+	@$(PY) -m ruff check --fix-only
+	@$(PY) -m ruff format
+
+bench: bench-kernels ## Run every benchmark there is; today the kernels'.
+
+bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
+	@$(PY) -m bench.kernels $(ARGS)
+
+# A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
+gpu-check: ## Run the GPU tests and kernel benchmarks, without a set-up where PYTHON has all they need.
+	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, torch, triton' 2>/dev/null; \
+	then py=$(GPU_PYTHON); else tools/setup.sh && py=$(PY) || exit 1; fi; \
+	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)
+
+pretrain: setup ## Train a model; this arrives with mics-models.
+	@$(PY) -m mics_models.pretrain $(ARGS)
+
+dist: setup ## Build the wheels and source archives into dist/, and try the wheels in an empty environment.
+	@rm -rf dist
+	@for package in packages/*; do $(PY) -m build -qq --no-isolation --outdir dist $$package || exit 1; done
+	@$(PY) -m pytest tests/repository/test_wheels.py --wheels dist
+
+# The lock holds for every machine, so it names the CUDA libraries, too; tools/setup.sh leaves them out without a GPU.
+# Pins stay as they are where they can: ARGS=--upgrade renews them all.
+lock: setup ## Pin all versions in requirements.lock, from the packages' ranges and the dev group.
+	@.venv/bin/uv pip compile --quiet --universal --no-annotate --all-extras --custom-compile-command 'make lock' \
+		--group pyproject.toml:dev $(wildcard packages/*/pyproject.toml) \
+		$(patsubst packages/%,--no-emit-package %,$(wildcard packages/*)) --output-file requirements.lock $(ARGS)
+
+clean: ## Remove the environment, the built packages and every cache.
+	@rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

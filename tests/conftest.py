@@ -1,0 +1,35 @@
+"""What every test needs: a header that says which versions ran, and the meaning of the `gpu` mark."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wheels", type=Path, help="test the wheels of this folder; default: build them")
+
+
+def pytest_report_header() -> str:
+    # Triton reads TRITON_INTERPRET when it is first imported, and tests choose it: import nothing here.
+    versions = [f"python {platform.python_version()}"]
+    for package in ("torch", "triton"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    git = ["git", "-c", f"safe.directory={ROOT}", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return ", ".join([*versions, f"commit {commit or 'unknown'}"])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
