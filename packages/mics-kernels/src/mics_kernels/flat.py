@@ -19,7 +19,9 @@ SHAPE = constexpr(FIELDS + 2)
 """Columns of a row behind those of every segment table; a strided tensor's shape and strides follow."""
 
 STEP = constexpr(512)
-"""Elements per turn of the loop over a block that is short, strided or not aligned to 16 bytes."""
+STRIDED_STEP = constexpr(128)
+"""Elements per turn of the loop over a block that is short, strided or not aligned to 16 bytes: the division that
+finds a strided element takes registers."""
 
 SCRATCH = 1 << 18
 """Elements that the reference converts at a time: small enough for scratch memory to stay in the cache."""
@@ -62,7 +64,7 @@ def plan(
     offsets: Sequence[int],
     *,
     scaled: bool,
-    fill_gaps: bool,
+    into_flat: bool,
 ) -> FlatPlan:
     """Check that `tensors` lie in `flat` at `offsets`, and where; a placement seen before costs one look-up."""
     key = (
@@ -72,7 +74,7 @@ def plan(
         (flat.dtype, flat.shape, flat.stride(), flat.device),
         scaled,
     )
-    return constant(flat.device, key, lambda: _build(op, tensors, flat, tuple(offsets), scaled, fill_gaps))
+    return constant(flat.device, key, lambda: _build(op, tensors, flat, tuple(offsets), scaled, into_flat))
 
 
 def _build(
@@ -81,7 +83,7 @@ def _build(
     flat: torch.Tensor,
     offsets: tuple[int, ...],
     scaled: bool,
-    fill_gaps: bool,
+    into_flat: bool,
 ) -> FlatPlan:
     if flat.ndim != 1 or not flat.is_contiguous():
         raise ValueError(
@@ -91,12 +93,12 @@ def _build(
     if len(tensors) != len(offsets):
         raise ValueError(f"{op}: got {len(tensors)} tensors and {len(offsets)} offsets, expected one offset a tensor")
     for number, tensor in enumerate(tensors):
-        _check_tensor(op, number, tensor, flat, scaled)
+        _check_tensor(op, number, tensor, flat, scaled, into_flat)
 
     sizes = [tensor.numel() for tensor in tensors]
     chunks, owners = _cut(op, flat.numel(), offsets, sizes)
     chunk_of = {owner: chunk for chunk, owner in enumerate(owners)}
-    segments, tensor_of, kinds, rank = _segments(tensors, flat, chunks, owners, scaled, fill_gaps)
+    segments, tensor_of, kinds, rank = _segments(tensors, flat, chunks, owners, scaled, into_flat)
     return FlatPlan(
         chunks=tuple(chunks),
         chunk_of=tuple(chunk_of[number] for number in range(len(tensors))),
@@ -144,7 +146,7 @@ def _segments(
     chunks: Sequence[int],
     owners: Sequence[int],
     scaled: bool,
-    fill_gaps: bool,
+    into_flat: bool,
 ) -> tuple[Segments, tuple[int, ...], tuple[tuple[Any, Any], ...], int]:
     """The launch table: a row for each chunk that programs work on, with its kind and its walk."""
     walks = [_collapse(tensor) for tensor in tensors]
@@ -153,7 +155,7 @@ def _segments(
     kinds = list(dict.fromkeys(_kind(dtype, flat.dtype, scaled) for dtype in dtypes))
     offsets, sizes, tensor_of, extra = [], [], [], []
     for offset, size, owner in zip(itertools.accumulate(chunks, initial=0), chunks, owners, strict=False):
-        if owner < 0 and not fill_gaps:
+        if owner < 0 and not into_flat:
             continue
         walk = walks[owner] if owner >= 0 else []
         kind = kinds.index(_kind(tensors[owner].dtype, flat.dtype, scaled)) if owner >= 0 else 0
@@ -166,13 +168,20 @@ def _segments(
     return Segments.build(offsets, sizes, flat.device, columns), tuple(tensor_of), tuple(kinds), rank
 
 
-def _check_tensor(op: str, number: int, tensor: torch.Tensor, flat: torch.Tensor, scaled: bool) -> None:
+def _check_tensor(
+    op: str, number: int, tensor: torch.Tensor, flat: torch.Tensor, scaled: bool, into_flat: bool
+) -> None:
     if tensor.device != flat.device:
         raise ValueError(
             f"{op}: tensor {number} is on {tensor.device}, expected {flat.device}, where the flat buffer is: move it"
         )
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"{op}: tensor {number} is {tensor.layout} or a lazy view, expected plain memory: resolve it")
+    if not into_flat and torch._debug_has_internal_overlap(tensor) == 1:
+        raise ValueError(
+            f"{op}: tensor {number} shares memory with itself (shape {tuple(tensor.shape)}, strides {tensor.stride()}), "
+            f"expected a place of its own for each element: pass what was expanded, not the expansion"
+        )
     if scaled and not (tensor.is_floating_point() and flat.is_floating_point()):
         raise ValueError(
             f"{op}: tensor {number} is {tensor.dtype} and the flat buffer {flat.dtype}, expected floating point on "

@@ -69,7 +69,8 @@ def pointer_table(pointers: tuple[int, ...], device: torch.device) -> torch.Tens
 
     def build() -> torch.Tensor:
         table = torch.zeros(len(pointers), dtype=torch.int64, device=device)
-        torch._foreach_add_(list(table.unbind()), list(pointers))
+        if pointers:
+            torch._foreach_add_(list(table.unbind()), list(pointers))
         return table
 
     return scratch(device, pointers, build)

@@ -14,14 +14,14 @@ import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
 from mics_kernels.casting import scaled
-from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, copy_scaled, places, plan
+from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
 def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `pack` does, in torch."""
-    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, fill_gaps=True)
+    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
     chunks = out.split_with_sizes(placement.chunks)
     for gap in placement.gaps:
         chunks[gap].zero_()
@@ -35,7 +35,7 @@ def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Seque
 
 @jit
 def _pack_kernel(
-    out: tl.tensor,  # *D   [length]
+    out: tl.tensor,  # *u8  [length * itemsize]      bytes: KINDS says what they are
     pointers: tl.tensor,  # *i64 [segments]          addresses of the tensors; 0 for a gap
     rows: tl.tensor,  # *i64 [segments, SHAPE + 2 * RANK]
     owners: tl.tensor,  # *i32 [programs]
@@ -81,8 +81,9 @@ def _pack_block(
         tl.store(wide_target + index, scaled(value, scale, TARGET, SCALED))
     else:
         readable = tl.where(filled, count, 0)
-        for step in range(0, count, STEP):
-            index = step + tl.arange(0, STEP)
+        SHARE: tl.constexpr = STEP if RANK == 0 else STRIDED_STEP
+        for turn in range(0, count, SHARE):
+            index = turn + tl.arange(0, SHARE)
             place = start + index
             if RANK > 0:
                 if strided:
@@ -94,13 +95,13 @@ def _pack_block(
 
 
 def _launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float) -> None:
-    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, fill_gaps=True)
+    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
     pointers = tuple([tensors[t].data_ptr() if t >= 0 else 0 for t in placement.tensor_of])
     launch(
         _pack_kernel,
         placement.segments.programs,
         out.device,
-        out,
+        out.view(torch.uint8),
         pointer_table(pointers, out.device),
         placement.segments.rows,
         placement.segments.owners,

@@ -17,8 +17,9 @@ from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import FLOATS, require_flat
 
-TILE = 1024
-"""Elements per program: whole blocks of them."""
+TILE = 2048
+TILE_WITH_RESIDUAL = 1024
+"""Elements per program: whole blocks of them, and few enough that a thread's share fits its registers."""
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """The dtypes to quantize to, and the largest magnitude of each that a block's maximum becomes."""
@@ -227,13 +228,15 @@ def _decode(code: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
         x = tl.where(magnitude == 0x7F, float("nan"), x)  # e4m3fn has no infinity
     else:
         x = tl.where(magnitude == 0x7C, float("inf"), tl.where(magnitude > 0x7C, float("nan"), x))
-    return tl.where(wide > 0x7F, -x, x)
+    sign = (wide & 0x80) << 24  # as a bit: 0 - x would lose the sign of zero
+    return (x.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: torch.Tensor | None) -> Quantized:
+    tile = TILE if residual is None else TILE_WITH_RESIDUAL
     launch(
         _quantize_kernel,
-        -(-flat.numel() // TILE),
+        -(-flat.numel() // tile),
         flat.device,
         flat,
         out.values if out.values.dtype == torch.int8 else out.values.view(torch.uint8),
@@ -243,7 +246,7 @@ def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: t
         LIMIT=LIMITS[out.values.dtype],
         MANTISSA=_MANTISSA_BITS[out.values.dtype],
         WIDTH=block,
-        TILE=TILE,
+        TILE=tile,
     )
     return out
 
@@ -264,8 +267,8 @@ def _launch_dequantize(values: torch.Tensor, scales: torch.Tensor, out: torch.Te
 
 
 def _check_block(op: str, block: int) -> None:
-    if not 16 <= block <= TILE or block & (block - 1):
-        raise ValueError(f"{op}: block is {block}, expected a power of two from 16 to {TILE}")
+    if not 16 <= block <= TILE_WITH_RESIDUAL or block & (block - 1):
+        raise ValueError(f"{op}: block is {block}, expected a power of two from 16 to {TILE_WITH_RESIDUAL}")
 
 
 def _check_scales(op: str, scales: torch.Tensor, flat: torch.Tensor, block: int) -> None:

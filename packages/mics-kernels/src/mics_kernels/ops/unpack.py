@@ -13,14 +13,14 @@ import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
 from mics_kernels.casting import scaled
-from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, copy_scaled, places, plan
+from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
 def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `unpack` does, in torch."""
-    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, fill_gaps=False)
+    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
     chunks = flat.split_with_sizes(placement.chunks)
     sources = [chunks[c].view(t.shape) for t, c in zip(tensors, placement.chunk_of, strict=True)]
     if scale == 1.0 and sources:
@@ -32,7 +32,7 @@ def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequ
 
 @jit
 def _unpack_kernel(
-    flat: tl.tensor,  # *D   [length]
+    flat: tl.tensor,  # *u8  [length * itemsize]      bytes: KINDS says what they are
     pointers: tl.tensor,  # *i64 [segments]          addresses of the tensors
     rows: tl.tensor,  # *i64 [segments, SHAPE + 2 * RANK]
     owners: tl.tensor,  # *i32 [programs]
@@ -74,8 +74,9 @@ def _unpack_block(
         wide_target = tl.multiple_of(block.to(tl.pointer_type(TARGET)), 16)
         tl.store(wide_target + index, scaled(tl.load(wide_source + index), scale, TARGET, SCALED))
     else:
-        for step in range(0, count, STEP):
-            index = step + tl.arange(0, STEP)
+        SHARE: tl.constexpr = STEP if RANK == 0 else STRIDED_STEP
+        for turn in range(0, count, SHARE):
+            index = turn + tl.arange(0, SHARE)
             inside = index < count
             place = start + index
             if RANK > 0:
@@ -88,13 +89,13 @@ def _unpack_block(
 
 
 def _launch(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float) -> None:
-    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, fill_gaps=False)
+    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
     pointers = tuple([tensors[t].data_ptr() for t in placement.tensor_of])
     launch(
         _unpack_kernel,
         placement.segments.programs,
         flat.device,
-        flat,
+        flat.view(torch.uint8),
         pointer_table(pointers, flat.device),
         placement.segments.rows,
         placement.segments.owners,

@@ -1,0 +1,212 @@
+"""Compile every kernel for a GPU that is not there, as its launcher would, and print what the machine code does.
+
+`python compiling.py cuda:90` prints one JSON object a line. A driver that only names its target stands in for the GPU,
+and the ops' own launchers run on CPU tensors: so constants, dtypes and the alignment of arguments are those of real
+launches, and nothing here repeats them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import mics_kernels.ops.accumulate as accumulate_op
+import mics_kernels.ops.adamw as adamw_op
+import mics_kernels.ops.pack as pack_op
+import mics_kernels.ops.quantize as quantize_op
+import mics_kernels.ops.square_sum as square_sum_op
+import mics_kernels.ops.unpack as unpack_op
+from mics_kernels import Segments, StochasticRounding
+from mics_kernels.segments import BLOCK
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SIZE = 1 << 16
+THREADS = 128  # four warps of NVIDIA, two of AMD
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class Driver:
+    """As much of a GPU driver as compiling takes."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def empty(dtype: torch.dtype, size: int = SIZE) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype)
+
+
+def wide(elements: int, *dtypes: torch.dtype) -> int:
+    """128-bit accesses a thread needs to touch `elements` elements of each dtype, shared by its block."""
+    return sum(elements * dtype.itemsize // (16 * THREADS) for dtype in dtypes)
+
+
+Variant = tuple[str, Callable[[], object], int, int]  # name, launch, 128-bit loads, 128-bit stores
+
+
+def variants() -> Iterator[Variant]:
+    """Each op with the dtypes and options that change its machine code, and its fewest 128-bit accesses a thread."""
+    for source, target in ((F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, BF16), (F64, F32)):
+        for scale in (1.0, 0.5):
+            if scale == 1.0 or source != target:
+                name, tensors = f"{source} -> {target} * {scale}", [empty(source)]
+                loads, stores = wide(BLOCK, source), wide(BLOCK, target)
+                yield f"pack {name}", lambda a=(tensors, empty(target), [0], scale): pack_op._launch(*a), loads, stores
+                flat = empty(source)
+                yield (
+                    f"unpack {name}",
+                    lambda a=(flat, [empty(target)], [0], scale): unpack_op._launch(*a),
+                    loads,
+                    stores,
+                )
+    mixed = [empty(F32), empty(BF16), empty(torch.int64, 100)]
+    everything = 3 * SIZE
+    yield "pack mixed", lambda: pack_op._launch(mixed, empty(BF16, everything), [0, SIZE, 2 * SIZE], 1.0), 8 + 4, 12
+    strided = [empty(BF16).view(256, 256).t(), empty(BF16).view(64, 8, 128).transpose(0, 1)]
+    yield "pack strided", lambda: pack_op._launch(strided, empty(F32, 2 * SIZE), [0, SIZE], 1.0), 4, 8
+    yield "unpack strided", lambda: unpack_op._launch(empty(F32, 2 * SIZE), strided, [0, SIZE], 1.0), 8, 4
+
+    for dtype in (F32, BF16, F16):
+        tile = accumulate_op.TILE
+        for overwrite in (False, True):
+            yield (
+                f"accumulate {dtype}, overwrite={overwrite}",
+                lambda a=(empty(F32), [empty(dtype)] * 4, 0.5), o=overwrite: accumulate_op._launch(*a, overwrite=o),
+                wide(tile, dtype) + (0 if overwrite else wide(tile, F32)),
+                wide(tile, F32),
+            )
+        yield (
+            f"square_sum {dtype}",
+            lambda flat=empty(dtype): square_sum_op._launch(flat, None),
+            wide(square_sum_op.TILE, dtype),
+            0,
+        )
+
+    for grad, weights in ((F32, BF16), (BF16, BF16), (F32, None)):
+        for rounding in (None, StochasticRounding(3)) if weights else (None,):
+            tile = adamw_op.TILE
+            yield (
+                f"adamw grad {grad}, weights {weights}, {rounding}",
+                lambda g=grad, w=weights, r=rounding: adamw_launch(g, w, r),
+                wide(tile, F32, F32, F32, grad),
+                wide(tile, F32, F32, F32, grad, *([weights] if weights else [])),
+            )
+
+    for kind in quantize_op.LIMITS:
+        for dtype in (F32, BF16):
+            tile = quantize_op.TILE
+            out = quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256))
+            yield (
+                f"quantize {dtype} -> {kind}",
+                lambda a=(empty(dtype), out, 256, None): quantize_op._launch_quantize(*a),
+                wide(tile, dtype),
+                wide(tile, kind),
+            )
+            yield (
+                f"dequantize {kind} -> {dtype}",
+                lambda a=(*out, empty(dtype), 256): quantize_op._launch_dequantize(*a),
+                wide(tile, kind),
+                wide(tile, dtype),
+            )
+            # With a residual the tile is half as large, so a thread's eight values of a byte each leave as 64 bits.
+            tile = quantize_op.TILE_WITH_RESIDUAL
+            yield (
+                f"quantize {dtype} -> {kind} with residual",
+                lambda a=(empty(dtype), out, 256, empty(F32)): quantize_op._launch_quantize(*a),
+                wide(tile, dtype, F32),
+                wide(tile, F32),
+            )
+
+
+def adamw_launch(grad: torch.dtype, weights: torch.dtype | None, rounding: StochasticRounding | None) -> None:
+    number = torch.ones(())
+    settings = adamw_op._Settings(
+        lr=number,
+        step=number,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=torch.zeros(1),
+        segments=Segments.build([0], [SIZE], "cpu"),
+        clip=number,
+        skip=number,
+        zero_grad=True,
+        rounding=rounding,
+    )
+    copy = None if weights is None else empty(weights)
+    adamw_op._launch(empty(F32), empty(F32), empty(F32), empty(grad), copy, settings)
+
+
+def nvidia_report(kernel: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    accesses = Counter(re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", code))
+    return {
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "local": used["LOCAL"] + sum(count for (name, _), count in accesses.items() if name in ("LDL", "STL")),
+        "wide loads": sum(n for (name, how), n in accesses.items() if name == "LDG" and ".128" in how),
+        "wide stores": sum(n for (name, how), n in accesses.items() if name == "STG" and ".128" in how),
+    }
+
+
+def amd_report(kernel: Any) -> dict[str, int]:
+    code = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return max(int(found) for found in re.findall(rf"\.{name}:\s*(\d+)", code))
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "local": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "wide loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        "wide stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
+    }
+
+
+def main() -> None:
+    backend, arch = sys.argv[1].split(":")
+    nvidia = backend == "cuda"
+    torch.version.hip = None if nvidia else "as if"
+    triton.runtime.driver.set_active(Driver(GPUTarget(backend, int(arch) if nvidia else arch, 32 if nvidia else 64)))
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    for name, launch, loads, stores in variants():
+        launch()
+        report = nvidia_report(compiled[-1]) if nvidia else amd_report(compiled[-1])
+        print(json.dumps({"name": name, "expected loads": loads, "expected stores": stores, **report}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

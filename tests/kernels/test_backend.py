@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+
+import torch
+
+from mics_kernels import backend, pack
+from mics_kernels.backend import INTERPRETED
+
+
+def said_by(program: str, **environment: str) -> str:
+    """What another Python prints, in which nothing has been imported yet."""
+    run = [sys.executable, "-c", program]
+    environment = os.environ | {"TRITON_INTERPRET": "0"} | environment
+    return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+ASK = "from mics_kernels import backend; print(*backend('cpu'), sep=': ')"
+
+
+def test_cpu_tensors_go_to_the_reference_and_the_user_is_told_why() -> None:
+    assert said_by(ASK) == "reference: Triton compiles for GPUs and these tensors are on the CPU"
+
+
+def test_the_interpreter_runs_kernels_where_it_is_asked_to() -> None:
+    assert said_by(ASK, TRITON_INTERPRET="1").startswith("triton: TRITON_INTERPRET=1 asks for")
+
+
+def test_without_triton_everything_runs_on_the_reference() -> None:
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent())
+{ASK}
+import torch, mics_kernels as k
+flat = torch.empty(4)
+k.pack([torch.ones(2)], flat, [1])
+k.accumulate(flat, [flat.clone()])
+k.adamw(flat, *torch.zeros(3, 4).unbind(), lr=0.1, step=1)
+print(k.square_sum(flat).sum.item() > 0, k.dequantize(*k.quantize(flat)).shape)
+"""
+    assert said_by(program).splitlines() == ["reference: Triton is not installed", "True torch.Size([4])"]
+
+
+def test_a_broken_triton_is_an_error_and_no_silent_fallback() -> None:
+    program = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise ModuleNotFoundError("No module named 'its_dependency'", name="its_dependency")
+sys.meta_path.insert(0, Broken())
+try:
+    import mics_kernels
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert said_by(program) == "its_dependency"
+
+
+def test_these_tests_run_the_kernels(device: torch.device) -> None:
+    assert backend(device).is_triton
+    assert INTERPRETED == (device.type == "cpu")
+    flat = torch.empty(3, device=device)
+    pack([torch.ones(3, device=device)], flat, [0])
+    assert flat.sum() == 3

@@ -1,0 +1,54 @@
+"""What the kernels become, read off their machine code: no GPU is needed for that."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TARGETS = ["cuda:80", "cuda:90", "hip:gfx942"]
+COMPILING = Path(__file__).with_name("compiling.py")
+
+
+@cache
+def reports(target: str) -> list[dict[str, int]]:
+    # Another Python: in this one TRITON_INTERPRET has turned the kernels into Python functions.
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = [sys.executable, COMPILING, target]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target: str) -> None:
+    names = [report["name"] for report in reports(target)]
+    assert len(names) == len(set(names)) > 40
+    for op in ("pack", "unpack", "accumulate", "square_sum", "adamw", "quantize", "dequantize"):
+        assert any(name.startswith(f"{op} ") for name in names)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills_out_of_the_registers(target: str) -> None:
+    spilling = {r["name"]: (r["stack"], r["local"]) for r in reports(target) if r["stack"] or r["local"]}
+    assert not spilling
+
+
+# NVIDIA's multiprocessors hold half of their threads at 64 registers each. AMD's SIMD units have 512 a lane: at 80
+# they hold six of eight waves.
+@pytest.mark.parametrize(("target", "limit"), [("cuda:80", 64), ("cuda:90", 64), ("hip:gfx942", 80)])
+def test_registers_leave_room_for_enough_threads(target: str, limit: int) -> None:
+    assert not {r["name"]: r["registers"] for r in reports(target) if r["registers"] > limit}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_blocks_move_in_accesses_of_128_bits(target: str) -> None:
+    narrow = {
+        r["name"]: r
+        for r in reports(target)
+        if r["wide loads"] < r["expected loads"] or r["wide stores"] < r["expected stores"]
+    }
+    assert not narrow
