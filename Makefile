@@ -18,11 +18,14 @@ setup: ## Build .venv with the locked versions, with a CPU build of torch where 
 test: setup ## Run the tests.
 	@$(PY) -m pytest $(ARGS)
 
+# The interpreter of Triton 3.6 fails on numpy 2.4.
+OLDEST := triton==3.6.0 numpy==2.3.5
+OLDEST_AT := .venv/oldest-$(subst ==,-,$(firstword $(OLDEST)))-$(subst ==,-,$(lastword $(OLDEST)))
 test-triton36: setup ## Run the kernel tests on Triton 3.6, the oldest version supported.
-	@test -e .venv/triton36/complete || { $(PY) -m pip install -qq --no-deps --upgrade --target .venv/triton36 \
-		triton==3.6.0 && touch .venv/triton36/complete; }
-	@PYTHONPATH=.venv/triton36 $(PY) -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
-	@PYTHONPATH=.venv/triton36 $(PY) -m pytest tests/kernels $(ARGS)
+	@test -e $(OLDEST_AT)/complete || { \
+		$(PY) -m pip install -qq --no-deps --upgrade --target $(OLDEST_AT) $(OLDEST) && touch $(OLDEST_AT)/complete; }
+	@PYTHONPATH=$(OLDEST_AT) $(PY) -c 'import triton; assert triton.__version__ == "3.6.0", triton.__version__'
+	@PYTHONPATH=$(OLDEST_AT) $(PY) -m pytest tests/kernels $(ARGS)
 
 lint: setup ## Check style and formatting.
 	@$(PY) -m ruff check

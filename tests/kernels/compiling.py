@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,73 +70,49 @@ def variants() -> Iterator[Variant]:
     for source, target in ((F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, BF16), (F64, F32)):
         for scale in (1.0, 0.5):
             if scale == 1.0 or source != target:
-                name, tensors = f"{source} -> {target} * {scale}", [empty(source)]
-                loads, stores = wide(BLOCK, source), wide(BLOCK, target)
-                yield f"pack {name}", lambda a=(tensors, empty(target), [0], scale): pack_op._launch(*a), loads, stores
-                flat = empty(source)
-                yield (
-                    f"unpack {name}",
-                    lambda a=(flat, [empty(target)], [0], scale): unpack_op._launch(*a),
-                    loads,
-                    stores,
-                )
+                name, loads, stores = f"{source} -> {target} * {scale}", wide(BLOCK, source), wide(BLOCK, target)
+                packing = partial(pack_op._launch, [empty(source)], empty(target), [0], scale)
+                yield f"pack {name}", packing, loads, stores
+                unpacking = partial(unpack_op._launch, empty(source), [empty(target)], [0], scale)
+                yield f"unpack {name}", unpacking, loads, stores
     mixed = [empty(F32), empty(BF16), empty(torch.int64, 100)]
-    everything = 3 * SIZE
-    yield "pack mixed", lambda: pack_op._launch(mixed, empty(BF16, everything), [0, SIZE, 2 * SIZE], 1.0), 8 + 4, 12
-    strided = [empty(BF16).view(256, 256).t(), empty(BF16).view(64, 8, 128).transpose(0, 1)]
-    yield "pack strided", lambda: pack_op._launch(strided, empty(F32, 2 * SIZE), [0, SIZE], 1.0), 4, 8
-    yield "unpack strided", lambda: unpack_op._launch(empty(F32, 2 * SIZE), strided, [0, SIZE], 1.0), 8, 4
+    packing = partial(pack_op._launch, mixed, empty(BF16, 3 * SIZE), [0, SIZE, 2 * SIZE], 1.0)
+    yield "pack mixed", packing, wide(BLOCK, F32, BF16), wide(BLOCK, BF16, BF16, BF16)
+    strided = [empty(BF16).view(256, 256).t(), empty(BF16).view(64, 8, 128).transpose(0, 1), empty(BF16)]
+    offsets, bucket = [0, SIZE, 2 * SIZE], empty(F32, 3 * SIZE)
+    packing = partial(pack_op._launch, strided, bucket, offsets, 1.0)
+    yield "pack strided", packing, wide(BLOCK, BF16), wide(BLOCK, F32)
+    unpacking = partial(unpack_op._launch, bucket, strided, offsets, 1.0)
+    yield "unpack strided", unpacking, wide(BLOCK, F32), wide(BLOCK, BF16)
 
     for dtype in (F32, BF16, F16):
         tile = accumulate_op.TILE
         for overwrite in (False, True):
-            yield (
-                f"accumulate {dtype}, overwrite={overwrite}",
-                lambda a=(empty(F32), [empty(dtype)] * 4, 0.5), o=overwrite: accumulate_op._launch(*a, overwrite=o),
-                wide(tile, dtype) + (0 if overwrite else wide(tile, F32)),
-                wide(tile, F32),
-            )
-        yield (
-            f"square_sum {dtype}",
-            lambda flat=empty(dtype): square_sum_op._launch(flat, None),
-            wide(square_sum_op.TILE, dtype),
-            0,
-        )
+            adding = partial(accumulate_op._launch, empty(F32), [empty(dtype)] * 4, 0.5, overwrite=overwrite)
+            loads = wide(tile, dtype) if overwrite else wide(tile, dtype, F32)
+            yield f"accumulate {dtype}, overwrite={overwrite}", adding, loads, wide(tile, F32)
+        summing = partial(square_sum_op._launch, empty(dtype), None)
+        yield f"square_sum {dtype}", summing, wide(square_sum_op.TILE, dtype), 0
 
+    tile = adamw_op.TILE
     for grad, weights in ((F32, BF16), (BF16, BF16), (F32, None)):
         for rounding in (None, StochasticRounding(3)) if weights else (None,):
-            tile = adamw_op.TILE
-            yield (
-                f"adamw grad {grad}, weights {weights}, {rounding}",
-                lambda g=grad, w=weights, r=rounding: adamw_launch(g, w, r),
-                wide(tile, F32, F32, F32, grad),
-                wide(tile, F32, F32, F32, grad, *([weights] if weights else [])),
-            )
+            loads = wide(tile, F32, F32, F32, grad)
+            stores = wide(tile, F32, F32, F32, grad, *([weights] if weights else []))
+            updating = partial(adamw_launch, grad, weights, rounding)
+            yield f"adamw grad {grad}, weights {weights}, {rounding}", updating, loads, stores
 
     for kind in quantize_op.LIMITS:
         for dtype in (F32, BF16):
-            tile = quantize_op.TILE
-            out = quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256))
-            yield (
-                f"quantize {dtype} -> {kind}",
-                lambda a=(empty(dtype), out, 256, None): quantize_op._launch_quantize(*a),
-                wide(tile, dtype),
-                wide(tile, kind),
-            )
-            yield (
-                f"dequantize {kind} -> {dtype}",
-                lambda a=(*out, empty(dtype), 256): quantize_op._launch_dequantize(*a),
-                wide(tile, kind),
-                wide(tile, dtype),
-            )
+            tile, out = quantize_op.TILE, quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256))
+            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, None)
+            yield f"quantize {dtype} -> {kind}", leaving, wide(tile, dtype), wide(tile, kind)
+            returning = partial(quantize_op._launch_dequantize, *out, empty(dtype), 256)
+            yield f"dequantize {kind} -> {dtype}", returning, wide(tile, kind), wide(tile, dtype)
             # With a residual the tile is half as large, so a thread's eight values of a byte each leave as 64 bits.
             tile = quantize_op.TILE_WITH_RESIDUAL
-            yield (
-                f"quantize {dtype} -> {kind} with residual",
-                lambda a=(empty(dtype), out, 256, empty(F32)): quantize_op._launch_quantize(*a),
-                wide(tile, dtype, F32),
-                wide(tile, F32),
-            )
+            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, empty(F32))
+            yield f"quantize {dtype} -> {kind} with residual", leaving, wide(tile, dtype, F32), wide(tile, F32)
 
 
 def adamw_launch(grad: torch.dtype, weights: torch.dtype | None, rounding: StochasticRounding | None) -> None:
@@ -198,8 +175,8 @@ def main() -> None:
     compiled = []
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+    def compile_only(self: JITFunction, *arguments: Any, **options: Any) -> None:
+        compiled.append(run(self, *arguments, **options | {"warmup": True}))
 
     JITFunction.run = compile_only
     for name, launch, loads, stores in variants():

@@ -1,10 +1,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from comparing import assert_same_bits
 from hypothesis import given
 
 import mics_kernels.ops.accumulate as accumulate_op
+from comparing import assert_same_bits
 from mics_kernels import accumulate
 
 sizes = st.integers(0, 5000) | st.sampled_from([2048, 4096, 6144])

@@ -3,10 +3,10 @@ from dataclasses import dataclass, replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from comparing import assert_same_bits
 from hypothesis import given
 
 import mics_kernels.ops.adamw as adamw_op
+from comparing import assert_same_bits
 from mics_kernels import Segments, StochasticRounding, adamw
 
 

@@ -63,7 +63,7 @@ except ModuleNotFoundError as error:
 
 def test_these_tests_run_the_kernels(device: torch.device) -> None:
     assert backend(device).is_triton
-    assert INTERPRETED == (device.type == "cpu")
+    assert (device.type == "cpu") == INTERPRETED
     flat = torch.empty(3, device=device)
     pack([torch.ones(3, device=device)], flat, [0])
     assert flat.sum() == 3

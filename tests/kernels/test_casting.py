@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comparing import assert_same_bits
 
+from comparing import assert_same_bits
 from mics_kernels import pack, unpack
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from comparing import assert_same_bits
 
+from comparing import assert_same_bits
 from mics_kernels import Segments, accumulate, adamw, dequantize, pack, quantize, square_sum, unpack
 from mics_kernels.ops.quantize import Quantized
 

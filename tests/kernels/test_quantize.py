@@ -1,10 +1,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from comparing import assert_same_bits
 from hypothesis import given
 
 import mics_kernels.ops.quantize as quantize_op
+from comparing import assert_same_bits
 from mics_kernels import dequantize, quantize
 
 # The largest step between neighbouring values, in units of a block's scale: 1 between integers; fp8 has 3 or 2 bits

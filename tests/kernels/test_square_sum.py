@@ -1,10 +1,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from comparing import assert_same_bits
 from hypothesis import given
 
 import mics_kernels.ops.square_sum as square_sum_op
+from comparing import assert_same_bits
 from mics_kernels import square_sum
 
 sizes = st.integers(0, 9000) | st.sampled_from([2048, 4096, 8192])

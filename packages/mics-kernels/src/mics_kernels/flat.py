@@ -179,8 +179,8 @@ def _check_tensor(
         raise ValueError(f"{op}: tensor {number} is {tensor.layout} or a lazy view, expected plain memory: resolve it")
     if not into_flat and torch._debug_has_internal_overlap(tensor) == 1:
         raise ValueError(
-            f"{op}: tensor {number} shares memory with itself (shape {tuple(tensor.shape)}, strides {tensor.stride()}), "
-            f"expected a place of its own for each element: pass what was expanded, not the expansion"
+            f"{op}: tensor {number} shares memory with itself (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride()}), expected a place of its own for each element: pass what was expanded, not the expansion"
         )
     if scaled and not (tensor.is_floating_point() and flat.is_floating_point()):
         raise ValueError(
