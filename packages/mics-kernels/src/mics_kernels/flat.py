@@ -180,7 +180,7 @@ def _check_tensor(
     if not into_flat and torch._debug_has_internal_overlap(tensor) == 1:
         raise ValueError(
             f"{op}: tensor {number} shares memory with itself (shape {tuple(tensor.shape)}, strides "
-            f"{tensor.stride()}), expected a place of its own for each element: pass what was expanded, not the expansion"
+            f"{tensor.stride()}), expected a place of its own for each element: unpack into what was expanded"
         )
     if scaled and not (tensor.is_floating_point() and flat.is_floating_point()):
         raise ValueError(
