@@ -12,7 +12,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 
 
 @given(sizes, st.integers(1, 5), dtypes, dtypes, st.sampled_from([1.0, 0.5, 0.3]), st.booleans(), st.booleans())
-def test_accumulating_gives_the_bits_of_the_reference(
+def test_accumulating_is_the_reference_and_with_a_scale_of_a_power_of_two_to_the_bit(
     size: int, count: int, acc_dtype: torch.dtype, dtype: torch.dtype, scale: float, overwrite: bool, aligned: bool
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,10 +20,16 @@ def test_accumulating_gives_the_bits_of_the_reference(
     # Rows of a matrix of odd width, shifted by one element, begin at every kind of address.
     chunks = [room[n, :size].clone() if aligned else room[n, 1 : size + 1] for n in range(count)]
     acc = torch.randn(size, device=device).to(acc_dtype)
-    expected = acc.clone()
+    before, expected = acc.clone(), acc.clone()
     accumulate_op.reference(expected, chunks, scale, overwrite=overwrite)
     accumulate(acc, chunks, scale, overwrite=overwrite)
-    assert_same_bits(acc, expected)
+    if scale != 0.3:  # a CPU may add and multiply in one rounding, which only shows where the product is inexact
+        assert_same_bits(acc, expected)
+    exact = scale * sum(chunk.double() for chunk in chunks) + (0 if overwrite else before.double())
+    terms = scale * sum(chunk.double().abs() for chunk in chunks) + before.double().abs()
+    for got in (acc, expected):
+        rounding = torch.finfo(torch.float32).eps * count + torch.finfo(acc_dtype).eps
+        assert ((got.double() - exact).abs() <= terms * rounding).all()
 
 
 @given(sizes, st.integers(1, 5), st.sampled_from([1.0, 0.25]))

@@ -123,13 +123,12 @@ def test_the_reference_does_what_its_docstring_says(
     got = values(length, dtype, device)
     expected = torch.zeros(length, dtype=dtype, device=device)
     for tensor, offset in zip(members, offsets, strict=True):
-        for number, element in enumerate(tensor.reshape(-1)[:100]):  # one at a time, by nobody's vector code
-            wide = element.to(torch.float64 if torch.float64 in (tensor.dtype, dtype) else torch.float32)
-            expected[offset + number] = element.to(dtype) if scale == 1.0 else (wide * scale).to(dtype)
-        rest = tensor.reshape(-1)[100:]
-        wide_dtype = torch.float64 if torch.float64 in (tensor.dtype, dtype) else torch.float32
-        rest = rest.to(dtype) if scale == 1.0 else (rest.to(wide_dtype) * scale).to(dtype)
-        expected[offset + 100 : offset + 100 + len(rest)] = rest
+        row = tensor.reshape(-1)
+        if scale != 1.0:
+            row = row.to(torch.promote_types(torch.promote_types(tensor.dtype, dtype), torch.float32)) * scale
+        for number in range(min(len(row), 100)):  # one at a time, by nobody's vector code
+            expected[offset + number] = row[number].to(dtype)
+        expected[offset + 100 : offset + 100 + len(row[100:])] = row[100:].to(dtype)
     pack_op.reference(members, got, offsets, scale)
     assert_same_bits(got, expected)
 

@@ -13,6 +13,9 @@ def require_flat(
     op: str, name: str, tensor: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATS, like: torch.Tensor | None = None
 ) -> None:
     """Raise one sentence unless `tensor` is 1-D, contiguous, of one of `dtypes`, and as long and placed as `like`."""
+    right = tensor.ndim == 1 and tensor.dtype in dtypes and tensor.is_contiguous()
+    if right and (like is None or (tensor.shape == like.shape and tensor.device == like.device)):
+        return
     if tensor.ndim != 1 or not tensor.is_contiguous():
         raise ValueError(
             f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected one contiguous "

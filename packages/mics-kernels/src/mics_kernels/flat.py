@@ -23,8 +23,12 @@ STRIDED_STEP = constexpr(128)
 """Elements per turn of the loop over a block that is short, strided or not aligned to 16 bytes: the division that
 finds a strided element takes registers."""
 
-SCRATCH = 1 << 18
-"""Elements that the reference converts at a time: small enough for scratch memory to stay in the cache."""
+SCRATCH = 1 << 20
+"""Elements that the references work on at a time: few enough for scratch memory to stay in a CPU's cache, enough to
+keep its cores busy in between."""
+
+JOINED_ZEROS = 4096
+"""The widest gap whose zeros are kept in memory to be copied from."""
 
 NUMERIC = {
     torch.float64: "float64",
@@ -55,6 +59,7 @@ class FlatPlan:
     tensor_of: tuple[int, ...]  # segment -> its tensor, or -1 for a gap
     kinds: tuple[tuple[Any, Any], ...]  # distinct (tensor dtype, flat dtype), as Triton's dtypes
     rank: int  # dimensions to walk for strided tensors; 0 if all are contiguous
+    joinable: tuple[tuple[int, torch.Tensor | None], ...]  # if one `torch.cat` makes the buffer: its tensors and zeros
 
 
 def plan(
@@ -107,7 +112,19 @@ def _build(
         tensor_of=tensor_of,
         kinds=kinds,
         rank=rank,
+        joinable=_joinable(tensors, flat, chunks, owners) if rank == 0 else (),
     )
+
+
+def _joinable(
+    tensors: Sequence[torch.Tensor], flat: torch.Tensor, chunks: Sequence[int], owners: Sequence[int]
+) -> tuple[tuple[int, torch.Tensor | None], ...]:
+    """The pieces of a CPU buffer that `torch.cat` can join, the cheapest way to fill it: equal dtypes, small gaps."""
+    gaps = [size for size, owner in zip(chunks, owners, strict=True) if owner < 0]
+    if flat.device.type != "cpu" or max(gaps, default=0) > JOINED_ZEROS or any(t.dtype != flat.dtype for t in tensors):
+        return ()
+    zeros = {size: torch.zeros(size, dtype=flat.dtype) for size in gaps}
+    return tuple((t, None if t >= 0 else zeros[size]) for t, size in zip(owners, chunks, strict=True))
 
 
 def _cut(op: str, length: int, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:

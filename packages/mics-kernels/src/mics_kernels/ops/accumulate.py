@@ -12,15 +12,13 @@ import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
-from mics_kernels.checks import FLOATS, require_flat
+from mics_kernels.checks import require_flat
+from mics_kernels.flat import SCRATCH, copy_scaled
 from mics_kernels.tables import pointer_table
 
 TILE = 2048
 _TILE = constexpr(TILE)
 """Elements per program: acc, sum and the chunk in flight hold 3 * 16 registers of a thread."""
-
-SCRATCH = 1 << 17
-"""Elements that the reference sums at a time: small enough for the sum to stay in the cache."""
 
 
 def reference(
@@ -32,18 +30,24 @@ def reference(
 ) -> None:
     """What `accumulate` does, in torch."""
     parts = _check(acc, chunks)
+    if len(parts) == 1 and overwrite:
+        copy_scaled(parts[0], acc, scale)
+        return
+    if len(parts) == 1 and parts[0].dtype == acc.dtype:
+        acc.add_(parts[0], alpha=scale)
+        return
     wide = torch.promote_types(torch.promote_types(acc.dtype, parts[0].dtype), torch.float32)
-    scratch = torch.empty(min(SCRATCH, acc.numel()), dtype=wide, device=acc.device)
     for begin in range(0, acc.numel(), SCRATCH):
-        target = acc[begin : begin + SCRATCH]
-        total = scratch[: target.numel()].copy_(parts[0][begin : begin + SCRATCH])
+        end = begin + SCRATCH
+        total = parts[0][begin:end].to(wide, copy=True)
         for part in parts[1:]:
-            total.add_(part[begin : begin + SCRATCH])
-        total.mul_(scale)
+            total.add_(part[begin:end])
         if overwrite:
-            target.copy_(total)
+            acc[begin:end] = total.mul_(scale)
+        elif acc.dtype == wide:
+            acc[begin:end].add_(total, alpha=scale)
         else:
-            target.copy_(total.add_(target))
+            acc[begin:end] = total.mul_(scale).add_(acc[begin:end])
 
 
 @jit
@@ -119,8 +123,9 @@ def _check(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor]) -> 
     if len(parts) == 0:
         raise ValueError("accumulate: got no chunks, expected one or more")
     require_flat("accumulate", "acc", acc)
-    for number, part in enumerate(parts):
-        require_flat("accumulate", f"chunk {number}", part, FLOATS if number == 0 else (parts[0].dtype,), like=acc)
+    require_flat("accumulate", "chunk 0", parts[0], like=acc)
+    for number, part in enumerate(parts[1:], 1):
+        require_flat("accumulate", f"chunk {number}", part, (parts[0].dtype,), like=acc)
     return parts
 
 

@@ -26,6 +26,7 @@ from mics_kernels.casting import (
     scramble,
 )
 from mics_kernels.checks import FLOATS, require_flat, require_scalar
+from mics_kernels.flat import SCRATCH
 from mics_kernels.segments import _BLOCK, FIELDS, Segments, locate
 from mics_kernels.tables import constant
 
@@ -37,9 +38,6 @@ _STEP = constexpr(256)
 """Likewise where a block is short or not aligned to 16 bytes."""
 
 _FIELDS = constexpr(FIELDS)
-
-SCRATCH = 1 << 17
-"""Elements that the reference updates at a time: small enough for them to stay in the cache for the next step."""
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,19 @@ from mics_kernels.tables import pointer_table
 def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `pack` does, in torch."""
     placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
+    if scale == 1.0 and placement.joinable:
+        pieces = [zeros if zeros is not None else tensors[t].flatten() for t, zeros in placement.joinable]
+        torch.cat(pieces, out=out)
+        return
     chunks = out.split_with_sizes(placement.chunks)
-    for gap in placement.gaps:
-        chunks[gap].zero_()
-    targets = [chunks[c].view(t.shape) for t, c in zip(tensors, placement.chunk_of, strict=True)]
-    if scale == 1.0 and targets:
-        torch._foreach_copy_(targets, list(tensors))
-    else:
-        for tensor, target in zip(tensors, targets, strict=True):
-            copy_scaled(tensor, target, scale)
+    if placement.gaps:
+        torch._foreach_zero_([chunks[gap] for gap in placement.gaps])
+    if placement.rank == 0 and scale == 1.0 and tensors:
+        targets = [chunks[c] for c in placement.chunk_of]
+        torch._foreach_copy_(targets, [tensor.flatten() for tensor in tensors])
+        return
+    for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
+        copy_scaled(tensor, chunks[chunk].view(tensor.shape), scale)
 
 
 @jit

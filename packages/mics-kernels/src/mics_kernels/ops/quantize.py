@@ -16,6 +16,7 @@ import torch
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import FLOATS, require_flat
+from mics_kernels.flat import SCRATCH
 
 TILE = 2048
 TILE_WITH_RESIDUAL = 1024
@@ -30,9 +31,6 @@ SMALLEST = 2.0**-100
 _SMALLEST = constexpr(SMALLEST)
 """The least maximum a block is scaled by: below it limit / maximum would overflow, and the values round to zero."""
 
-SCRATCH = 1 << 17
-"""Elements that the reference converts at a time: small enough for scratch memory to stay in the cache."""
-
 
 class Quantized(NamedTuple):
     """A quantized buffer: what travels."""
@@ -46,37 +44,40 @@ def quantize_reference(
 ) -> Quantized:
     """What `quantize` does, in torch."""
     limit = LIMITS[out.values.dtype]
-    per_turn = max(1, SCRATCH // block) * block
+    per_turn = SCRATCH // block * block
     whole = flat.numel() // block * block
     turns = [(begin, min(begin + per_turn, whole)) for begin in range(0, whole, per_turn)]
     if whole < flat.numel():
         turns.append((whole, flat.numel()))
     for begin, end in turns:
         width = min(block, end - begin)
-        values = out.values[begin:end].view(-1, width)
-        scales = out.scales[begin // block : -(-end // block)]
-        x = flat[begin:end].view(-1, width).to(torch.float32, copy=True)
-        if residual is not None:
-            x += residual[begin:end].view(-1, width)
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
-        strange = largest.isfinite().logical_not_()
-        anything_strange = bool(strange.any())
-        if anything_strange:
-            x[strange] = 0
-            largest[strange] = 0
-        largest.clamp_(min=SMALLEST)
-        torch.div(largest, limit, out=scales)
-        scaled = x * torch.div(limit, largest).unsqueeze(1)
-        if not out.values.is_floating_point():
-            scaled.round_()
-        values.copy_(scaled.clamp_(-limit, limit))
-        if residual is not None:
-            error = x.sub_(torch.mul(values.to(torch.float32), scales.unsqueeze(1)))
-            kept = residual[begin:end].view(-1, width)
-            kept.copy_(torch.where(strange.unsqueeze(1), kept, error) if anything_strange else error)
-        if anything_strange:
-            scales[strange] = torch.nan
+        x = flat[begin:end].view(-1, width).to(torch.float32)
+        lost = None if residual is None else residual[begin:end].view(-1, width)
+        if lost is not None:
+            x = x + lost
+        values, scales = out.values[begin:end].view(-1, width), out.scales[begin // block : -(-end // block)]
+        strange = _quantize_rows(x, values, scales, limit)
+        if lost is not None:
+            error = x - values.to(torch.float32) * scales.unsqueeze(1)
+            lost.copy_(error if strange is None else torch.where(strange.unsqueeze(1), lost, error))
     return out
+
+
+def _quantize_rows(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, limit: float) -> torch.Tensor | None:
+    """Quantize each row of float32 `x`; return which rows are not finite, or None if all are."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
+    strange = None
+    if not largest.isfinite().all():
+        strange = largest.isfinite().logical_not_()
+        largest[strange] = 0
+        x = x.masked_fill(strange.unsqueeze(1), 0)
+    largest.clamp_(min=SMALLEST)
+    torch.div(largest, limit, out=scales)
+    scaled = x * torch.div(limit, largest).unsqueeze(1)  # at most the limit and a rounding error, which rounds back
+    values.copy_(scaled if values.is_floating_point() else scaled.round_())
+    if strange is not None:
+        scales[strange] = torch.nan
+    return strange
 
 
 def dequantize_reference(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int = 256) -> None:
@@ -141,7 +142,6 @@ def _quantize_tile(
     scale = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
     inverse = tl.div_rn(tl.full(largest.shape, LIMIT, tl.float32), largest)
     y = tl.where(strange[:, None], 0.0, x) * inverse[:, None]
-    y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)
     if MANTISSA == 0:
         whole = _to_nearest_integer(y)
         code = whole.to(tl.int8)

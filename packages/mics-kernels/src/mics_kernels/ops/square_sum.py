@@ -13,6 +13,7 @@ import torch
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import require_flat
+from mics_kernels.flat import SCRATCH
 from mics_kernels.tables import scratch
 
 TILE = 2048
@@ -21,12 +22,9 @@ _TILE = constexpr(TILE)
 _PROGRAMS = constexpr(PROGRAMS)
 """At most 1024 programs walk the tiles in turn: enough to fill a GPU, few enough for the last one to add up."""
 
-SCRATCH = 1 << 17
-"""Elements that the reference sums at a time: a float32 sum of so few loses nothing that matters."""
-
 
 class SquareSum(NamedTuple):
-    """Two 0-dim tensors on the buffer's device: views of one pair, so that one collective can carry both."""
+    """Two 0-dim tensors on the buffer's device."""
 
     sum: torch.Tensor
     nonfinite: torch.Tensor  # 1 if an element is infinite or NaN, else 0
@@ -34,19 +32,23 @@ class SquareSum(NamedTuple):
 
 def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
     """What `square_sum` does, in torch; partial sums are added up in float64."""
-    out = _check(flat, out)
-    parts = torch.split(flat, SCRATCH)
-    sums = torch.zeros(len(parts), dtype=torch.float64, device=flat.device)
-    wide = torch.empty(min(SCRATCH, flat.numel()), dtype=out.dtype, device=flat.device)
-    for number, part in enumerate(parts):
+    _check(flat, out)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    sums = []
+    for part in torch.split(flat, SCRATCH):
         # The bits of a dot product depend on how its input lies to cache lines: all lie as allocations do.
-        usable = part.dtype == out.dtype and part.data_ptr() % 64 == 0
-        value = part if usable else wide[: part.numel()].copy_(part)
-        sums[number] = torch.dot(value, value)
-    out[0] = sums.sum()
+        lies_well = part.dtype == wide and part.data_ptr() % 64 == 0
+        value = part if lies_well else part.to(wide, copy=True)
+        sums.append(torch.dot(value, value))
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=torch.float64).to(wide)
     # A finite sum has no infinite or NaN term; on a GPU asking would be a host sync, so there all is read twice.
-    finite = flat.device.type == "cpu" and bool(out[0].isfinite())
-    out[1] = 0 if finite else flat.isfinite().all().logical_not()
+    if flat.device.type == "cpu" and total.isfinite():
+        nonfinite = torch.zeros_like(total)
+    else:
+        nonfinite = flat.isfinite().all().logical_not_().to(wide)
+    if out is None:
+        return SquareSum(total, nonfinite)
+    torch.stack((total, nonfinite), out=out)
     return SquareSum(out[0], out[1])
 
 
@@ -88,44 +90,43 @@ def _square_sum_kernel(
 
 
 def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
-    out = _check(flat, out)
+    _check(flat, out)
+    device, wide = flat.device, torch.promote_types(flat.dtype, torch.float32)
+    pair = torch.empty(2, dtype=wide, device=device) if out is None else out
     programs = max(1, min(PROGRAMS, -(-flat.numel() // TILE)))
-    device = flat.device
     launch(
         _square_sum_kernel,
         programs,
         device,
         flat,
-        out,
-        scratch(device, "square_sum partials", lambda: torch.empty(2 * PROGRAMS, dtype=torch.float64, device=device)),
+        pair,
+        scratch(device, "square_sum sums", lambda: torch.empty(2 * PROGRAMS, dtype=torch.float64, device=device)),
         scratch(device, "square_sum tickets", lambda: torch.zeros(1, dtype=torch.int32, device=device)),
         flat.numel(),
         programs,
-        WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
+        WIDE=tl.float64 if wide == torch.float64 else tl.float32,
     )
-    return SquareSum(out[0], out[1])
+    return SquareSum(pair[0], pair[1])
 
 
-def _check(flat: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _check(flat: torch.Tensor, out: torch.Tensor | None) -> None:
     require_flat("square_sum", "the buffer", flat)
-    wide = torch.promote_types(flat.dtype, torch.float32)
     if out is None:
-        return torch.empty(2, dtype=wide, device=flat.device)
-    require_flat("square_sum", "out", out, (wide,))
+        return
+    require_flat("square_sum", "out", out, (torch.promote_types(flat.dtype, torch.float32),))
     if out.numel() != 2 or out.device != flat.device:
         raise ValueError(
             f"square_sum: out has {out.numel()} elements on {out.device}, expected 2 on {flat.device}: "
             f"one for the sum, one for the flag"
         )
-    return out
 
 
 def square_sum(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
     """The sum of squares of the 1-D buffer `flat`, and 1 if an element is infinite or NaN, else 0.
 
     Both are 0-dim float32 tensors (float64 for a float64 buffer) on the buffer's device: reading them on the host is
-    up to you. `out`, a buffer of two numbers, receives them; without it a new one is allocated. The flag looks at
-    the elements, not the sum, which may overflow to infinity on finite ones.
+    up to you. With `out`, a buffer of two numbers, they are views of it, so that one collective can carry both. The
+    flag looks at the elements, not at the sum, which may overflow to infinity on finite ones.
 
     >>> square_sum(torch.tensor([3.0, 4.0]))
     SquareSum(sum=tensor(25.), nonfinite=tensor(0.))

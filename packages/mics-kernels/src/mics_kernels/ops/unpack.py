@@ -22,12 +22,12 @@ def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequ
     """What `unpack` does, in torch."""
     placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
     chunks = flat.split_with_sizes(placement.chunks)
-    sources = [chunks[c].view(t.shape) for t, c in zip(tensors, placement.chunk_of, strict=True)]
-    if scale == 1.0 and sources:
-        torch._foreach_copy_(list(tensors), sources)
-    else:
-        for source, tensor in zip(sources, tensors, strict=True):
-            copy_scaled(source, tensor, scale)
+    if placement.rank == 0 and scale == 1.0 and tensors:
+        sources = [chunks[c] for c in placement.chunk_of]
+        torch._foreach_copy_([tensor.flatten() for tensor in tensors], sources)  # of a contiguous one: a view
+        return
+    for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
+        copy_scaled(chunks[chunk].view(tensor.shape), tensor, scale)
 
 
 @jit
