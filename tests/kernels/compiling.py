@@ -130,7 +130,7 @@ def adamw_launch(grad: torch.dtype, weights: torch.dtype | None, rounding: Stoch
         rounding=rounding,
     )
     copy = None if weights is None else empty(weights)
-    adamw_op._launch(empty(F32), empty(F32), empty(F32), empty(grad), copy, settings)
+    adamw_op._launch(adamw_op._Buffers(empty(F32), empty(F32), empty(F32), empty(grad), copy), settings)
 
 
 def nvidia_report(kernel: Any) -> dict[str, int]:

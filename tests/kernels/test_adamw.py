@@ -42,7 +42,7 @@ class Shard:
         defaults |= {"zero_grad": False, "rounding": None}
         everything = Segments.build([0], [self.master.numel()], self.master.device)
         settings = adamw_op._Settings(**{"segments": everything} | defaults | settings)
-        adamw_op.reference(self.master, self.exp_avg, self.exp_avg_sq, self.grad, self.weights, settings)
+        adamw_op.reference(adamw_op._Buffers(**vars(self)), settings)
 
 
 def in_float64(shard: Shard, lr: float, step: int, betas: tuple[float, float], eps: float, decay: float) -> Shard:
@@ -147,6 +147,17 @@ def test_each_segment_has_its_own_decay_and_rate_and_the_rest_is_left_alone(run:
 
 
 @runs
+def test_one_number_in_memory_serves_all_segments(run: object, device: torch.device) -> None:
+    one, other = Shard.random(5000), None
+    other = one.clone()
+    segments = Segments.build([0, 1000, 3000], [1000, 2000, 2000], device)
+    numbers = {"lr": torch.full((1,), 0.125, device=device), "weight_decay": torch.full((1,), 0.25, device=device)}
+    run(one, step=1, segments=segments, **numbers)
+    run(other, lr=0.125, step=1, weight_decay=0.25)
+    assert_same_bits(one.master, other.master)
+
+
+@runs
 def test_gradients_are_multiplied_by_the_clip_factor(run: object, device: torch.device) -> None:
     clipped, scaled = Shard.random(5000), None
     scaled = clipped.clone()
@@ -234,6 +245,7 @@ WRONG = {
     "master is torch.bfloat16, expected float32": lambda s: adamw(s.weights, *[s.weights] * 3, lr=1, step=1),
     "grad is torch.float64": lambda s: adamw(s.master, s.exp_avg, s.exp_avg_sq, s.grad.double(), lr=1, step=1),
     "clip is torch.float64 of shape": lambda s: s.update(lr=1, step=1, clip=s.grad[0].double()),
+    "master has shape": lambda s: adamw(s.master.view(2, 4), s.exp_avg, s.exp_avg_sq, s.grad, lr=1, step=1),
     "lr is torch.float32 of shape": lambda s: s.update(lr=s.grad[:2], step=1),
     "segments end at 9": lambda s: s.update(lr=1, step=1, segments=Segments.build([0], [9], s.master.device)),
     "segment 1 is": lambda s: s.update(lr=1, step=1, segments=Segments.build([0, 3], [4, 1], s.master.device)),

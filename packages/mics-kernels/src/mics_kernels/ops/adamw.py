@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
-from mics_kernels.casting import (
-    convert,
+from mics_kernels.casting import convert
+from mics_kernels.checks import FLOATS, require_flat, require_scalar
+from mics_kernels.flat import SCRATCH
+from mics_kernels.rounding import (
+    StochasticRounding,
     key_reference,
     round_stochastically,
     round_stochastically_reference,
     scramble,
 )
-from mics_kernels.checks import FLOATS, require_flat, require_scalar
-from mics_kernels.flat import SCRATCH
 from mics_kernels.segments import _BLOCK, FIELDS, Segments, locate
 from mics_kernels.tables import constant
 
@@ -40,21 +42,19 @@ _STEP = constexpr(256)
 _FIELDS = constexpr(FIELDS)
 
 
-@dataclass(frozen=True)
-class StochasticRounding:
-    """Round the bf16 copy of the weights up or down at random, with the probabilities that keep its mean.
+class _Buffers(NamedTuple):
+    """One flat shard's memory."""
 
-    The random bits depend on `seed`, on the step and on an element's number, nothing else. `first` is the number of
-    the buffer's first element: pass a shard's place in the whole, and every sharding rounds every element alike.
-    """
-
-    seed: int
-    first: int = 0
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    grad: torch.Tensor
+    weights: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Everything about an update but its five buffers, checked."""
+    """What is to be done with it."""
 
     lr: float | torch.Tensor
     step: float | torch.Tensor
@@ -68,29 +68,20 @@ class _Settings:
     rounding: StochasticRounding | None
 
 
-def reference(
-    master: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grad: torch.Tensor,
-    weights: torch.Tensor | None,
-    settings: _Settings,
-) -> None:
+def reference(buffers: _Buffers, settings: _Settings) -> None:
     """What `adamw` does, by torch's own fused AdamW, a cache-sized part of a segment at a time."""
+    master, exp_avg, exp_avg_sq, grad, weights = buffers
     skipped = settings.skip is not None and bool(settings.skip)
     step = torch.as_tensor(settings.step, dtype=torch.float32, device=master.device)
     rates, decays = _numbers(settings.lr), _numbers(settings.weight_decay)
     key = key_reference(settings.rounding.seed, int(step)) if settings.rounding else 0
-    room = torch.empty(min(SCRATCH, grad.numel()), dtype=torch.float32, device=grad.device)
     for number, (offset, size) in enumerate(zip(settings.segments.offsets, settings.segments.sizes, strict=True)):
         for begin in range(offset, offset + size, SCRATCH):
             part = slice(begin, min(begin + SCRATCH, offset + size))
-            gradient = grad[part]
             if not skipped:
-                if settings.clip is not None or grad.dtype != torch.float32:
-                    gradient = room[: gradient.numel()].copy_(gradient)
+                gradient = grad[part].to(torch.float32)
                 if settings.clip is not None:
-                    gradient.mul_(settings.clip)
+                    gradient = gradient * settings.clip
                 torch._fused_adamw_(
                     [master[part]],
                     [gradient],
@@ -112,7 +103,7 @@ def reference(
                 elif weights is not None:
                     weights[part] = master[part]
             if settings.zero_grad:
-                grad[part] = 0
+                grad[part].zero_()
 
 
 def _numbers(value: float | torch.Tensor) -> list[float]:
@@ -162,48 +153,34 @@ def _adamw_kernel(
     key = None
     if seed is not None:
         key = scramble(scramble(seed.to(tl.uint32)) ^ now.to(tl.uint32))
+    buffers = (master, exp_avg, exp_avg_sq, grad, weights)
+    numbers = (factor, rate, shrink, spread, one_minus_beta1, beta2, one_minus_beta2, eps)
     if (begin % 16 == 0) & (count == _BLOCK):
         for turn in range(0, count, _TILE):
             place = tl.multiple_of(begin + turn, 16)
             lane = tl.arange(0, _TILE)
-            _adamw_tile(
-                master, exp_avg, exp_avg_sq, grad, weights, place, lane, None, live, factor, rate, shrink, spread,
-                one_minus_beta1, beta2, one_minus_beta2, eps, key, first, ZERO_GRAD,
-            )  # fmt: skip
+            _adamw_tile(buffers, numbers, place, lane, None, live, key, first, ZERO_GRAD)
     else:
         for turn in range(0, count, _STEP):
-            place = begin + turn
             lane = tl.arange(0, _STEP)
             inside = lane < count - turn
-            _adamw_tile(
-                master, exp_avg, exp_avg_sq, grad, weights, place, lane, inside, live, factor, rate, shrink, spread,
-                one_minus_beta1, beta2, one_minus_beta2, eps, key, first, ZERO_GRAD,
-            )  # fmt: skip
+            _adamw_tile(buffers, numbers, begin + turn, lane, inside, live, key, first, ZERO_GRAD)
 
 
 @jit
 def _adamw_tile(
-    master: tl.tensor,
-    exp_avg: tl.tensor,
-    exp_avg_sq: tl.tensor,
-    grad: tl.tensor,
-    weights: tl.tensor,
+    buffers: tl.tuple,
+    numbers: tl.tuple,
     place: tl.tensor,
     lane: tl.tensor,
-    inside: tl.tensor,
+    inside: tl.tensor,  # None if every lane is
     live: tl.tensor,
-    factor: tl.tensor,
-    rate: tl.tensor,
-    shrink: tl.tensor,
-    spread: tl.tensor,
-    one_minus_beta1: tl.tensor,
-    beta2: tl.tensor,
-    one_minus_beta2: tl.tensor,
-    eps: tl.tensor,
     key: tl.tensor,
     first: tl.tensor,
     ZERO_GRAD: tl.constexpr,
 ) -> None:
+    master, exp_avg, exp_avg_sq, grad, weights = buffers
+    factor, rate, shrink, spread, one_minus_beta1, beta2, one_minus_beta2, eps = numbers
     index = place + lane
     if live:
         g = convert(tl.load(grad + index, mask=inside), tl.float32)
@@ -240,28 +217,17 @@ def _one_minus_power(log_base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
     return tl.where(x > -0.7, -series, 1 - tl.exp(x))
 
 
-def _launch(
-    master: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grad: torch.Tensor,
-    weights: torch.Tensor | None,
-    settings: _Settings,
-) -> None:
-    beta1, beta2 = settings.betas
+def _launch(buffers: _Buffers, settings: _Settings) -> None:
+    device, (beta1, beta2) = buffers.master.device, settings.betas
     lr, decay, step = (
-        value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.float32, device=master.device)
+        value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.float32, device=device)
         for value in (settings.lr, settings.weight_decay, settings.step)
     )
     launch(
         _adamw_kernel,
         settings.segments.programs,
-        master.device,
-        master,
-        exp_avg,
-        exp_avg_sq,
-        grad,
-        weights,
+        device,
+        *buffers,
         settings.segments.rows,
         settings.segments.owners,
         lr,
@@ -277,8 +243,8 @@ def _launch(
         settings.eps,
         settings.rounding.seed & 0xFFFFFFFF if settings.rounding else None,
         settings.rounding.first if settings.rounding else 0,
-        LR_STRIDE=int(lr.ndim > 0),
-        DECAY_STRIDE=int(decay.ndim > 0),
+        LR_STRIDE=int(lr.numel() > 1),
+        DECAY_STRIDE=int(decay.numel() > 1),
         ZERO_GRAD=settings.zero_grad,
     )
 
@@ -290,22 +256,12 @@ def _segments(segments: Segments | None, master: torch.Tensor) -> Segments:
     return constant(device, ("adamw", device, size), lambda: Segments.build([0], [size], device))
 
 
-def _check(
-    master: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grad: torch.Tensor,
-    weights: torch.Tensor | None,
-    settings: _Settings,
-) -> None:
-    device = master.device
-    require_flat("adamw", "master", master, (torch.float32,))
-    require_flat("adamw", "exp_avg", exp_avg, (torch.float32,), like=master)
-    require_flat("adamw", "exp_avg_sq", exp_avg_sq, (torch.float32,), like=master)
-    require_flat("adamw", "grad", grad, FLOATS[:3], like=master)
-    if weights is not None:
-        require_flat("adamw", "weights", weights, FLOATS[:3], like=master)
-    pieces = settings.segments
+def _check(buffers: _Buffers, settings: _Settings) -> None:
+    master, weights, pieces, device = buffers.master, buffers.weights, settings.segments, buffers.master.device
+    for name, buffer in zip(_Buffers._fields, buffers, strict=True):
+        dtypes = FLOATS[:3] if name in ("grad", "weights") else FLOATS[:1]
+        if buffer is not None:
+            require_flat("adamw", name, buffer, dtypes, like=master)
     if pieces.rows.device != device or (pieces.sizes and pieces.offsets[-1] + pieces.sizes[-1] > master.numel()):
         raise ValueError(
             f"adamw: segments end at {pieces.offsets[-1] + pieces.sizes[-1]} on {pieces.rows.device}, expected at most "
@@ -366,6 +322,7 @@ def adamw(
     settings = _Settings(
         lr, step, betas, eps, weight_decay, _segments(segments, master), clip, skip, zero_grad, rounding
     )
-    _check(master, exp_avg, exp_avg_sq, grad, weights, settings)
+    buffers = _Buffers(master, exp_avg, exp_avg_sq, grad, weights)
+    _check(buffers, settings)
     run = _launch if backend(master.device).is_triton else reference
-    run(master, exp_avg, exp_avg_sq, grad, weights, settings)
+    run(buffers, settings)
