@@ -56,11 +56,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @lru_cache(maxsize=64)
 def backend(device: torch.device | str) -> Backend:
-    """Say which implementation every op of this package uses for tensors on `device`, and why.
-
-    >>> backend("cpu").name
-    'reference'
-    """
+    """Say which implementation every op of this package uses for tensors on `device`, and why."""
     device = torch.device(device)
     if not INSTALLED:
         return Backend("reference", "Triton is not installed")
