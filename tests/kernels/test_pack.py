@@ -40,7 +40,7 @@ def tensors(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], overlapping
     if form == "misaligned":
         return values(rows * columns + 1, dtype, device)[1:].view(rows, columns)
     if form == "deep":
-        return values(rows * 12, dtype, device).view(2, rows, 3, 1, 2).permute(2, 4, 0, 3, 1)
+        return values(rows * 12, dtype, device).view(2, rows, 3, 1, 2).permute(4, 2, 1, 3, 0)  # four dimensions to walk
     if form == "expanded" and overlapping:
         return values(columns, dtype, device).expand(rows, columns)
     return values(rows * columns, dtype, device).view(rows, columns)
