@@ -59,6 +59,7 @@ class FlatPlan:
     tensor_of: tuple[int, ...]  # segment -> its tensor, or -1 for a gap
     kinds: tuple[tuple[Any, Any], ...]  # distinct (tensor dtype, flat dtype), as Triton's dtypes
     rank: int  # dimensions to walk for strided tensors; 0 if all are contiguous
+    fits_float32: bool  # no tensor is float64
     joinable: tuple[tuple[int, torch.Tensor | None], ...]  # if one `torch.cat` makes the buffer: its tensors and zeros
 
 
@@ -112,6 +113,7 @@ def _build(
         tensor_of=tensor_of,
         kinds=kinds,
         rank=rank,
+        fits_float32=all(tensor.dtype != torch.float64 for tensor in tensors),
         joinable=_joinable(tensors, flat, chunks, owners) if rank == 0 else (),
     )
 

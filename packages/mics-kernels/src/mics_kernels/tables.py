@@ -15,7 +15,7 @@ KEPT = 4096
 
 _CONSTANTS: OrderedDict[Hashable, Any] = OrderedDict()
 _CAPTURED: dict[Hashable, Any] = {}
-_SCRATCH: OrderedDict[Hashable, Any] = OrderedDict()
+_SCRATCH: OrderedDict[tuple[torch.device, int, Hashable], torch.Tensor] = OrderedDict()
 
 
 def constant(device: torch.device, key: Hashable, build: Callable[[], T]) -> T:
@@ -56,7 +56,6 @@ def scratch(device: torch.device, key: Hashable, build: Callable[[], torch.Tenso
             _SCRATCH.popitem(last=False)
     else:
         _SCRATCH.move_to_end(place)
-    assert isinstance(found, torch.Tensor)
     return found
 
 
@@ -73,6 +72,12 @@ def pointer_table(pointers: tuple[int, ...], device: torch.device) -> torch.Tens
             torch._foreach_add_(list(table.unbind()), list(pointers))
         return table
 
+    if _capturing(device):
+        # Nobody writes to a table but its builder, so one that is there may serve a graph, if it stays.
+        for (_, _, key), table in _SCRATCH.items():
+            if key == pointers and table.device == device:
+                _CAPTURED[key] = table
+                return table
     return scratch(device, pointers, build)
 
 

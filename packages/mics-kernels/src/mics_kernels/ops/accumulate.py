@@ -33,7 +33,7 @@ def reference(
     if len(parts) == 1 and overwrite:
         copy_scaled(parts[0], acc, scale)
         return
-    if len(parts) == 1 and parts[0].dtype == acc.dtype:
+    if len(parts) == 1 and (parts[0].dtype == acc.dtype or acc.numel() <= SCRATCH):
         acc.add_(parts[0], alpha=scale)
         return
     wide = torch.promote_types(torch.promote_types(acc.dtype, parts[0].dtype), torch.float32)

@@ -21,7 +21,6 @@ import torch
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import FLOATS, require_flat, require_scalar
-from mics_kernels.flat import SCRATCH
 from mics_kernels.rounding import (
     StochasticRounding,
     key_reference,
@@ -42,6 +41,10 @@ _STEP = constexpr(256)
 _FIELDS = constexpr(FIELDS)
 
 
+PART = 1 << 18
+"""Elements that the reference updates at a time, so that a cache still holds them for the cast and the zeroing."""
+
+
 class _Buffers(NamedTuple):
     """One flat shard's memory."""
 
@@ -50,6 +53,18 @@ class _Buffers(NamedTuple):
     exp_avg_sq: torch.Tensor
     grad: torch.Tensor
     weights: torch.Tensor | None
+
+    def part(self, begin: int, end: int) -> _Buffers:
+        if end - begin == self.master.numel():
+            return self  # five slices take longer than the update of a small shard
+        weights = None if self.weights is None else self.weights[begin:end]
+        return _Buffers(
+            self.master[begin:end],
+            self.exp_avg[begin:end],
+            self.exp_avg_sq[begin:end],
+            self.grad[begin:end],
+            weights,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,41 +84,46 @@ class _Settings:
 
 
 def reference(buffers: _Buffers, settings: _Settings) -> None:
-    """What `adamw` does, by torch's own fused AdamW, a cache-sized part of a segment at a time."""
-    master, exp_avg, exp_avg_sq, grad, weights = buffers
+    """What `adamw` does, by torch's own fused AdamW, a part of a segment at a time that a cache can hold."""
+    segments, rates, decays = settings.segments, _numbers(settings.lr), _numbers(settings.weight_decay)
+    step = torch.as_tensor(settings.step, dtype=torch.float32, device=buffers.master.device)
     skipped = settings.skip is not None and bool(settings.skip)
-    step = torch.as_tensor(settings.step, dtype=torch.float32, device=master.device)
-    rates, decays = _numbers(settings.lr), _numbers(settings.weight_decay)
-    key = key_reference(settings.rounding.seed, int(step)) if settings.rounding else 0
-    for number, (offset, size) in enumerate(zip(settings.segments.offsets, settings.segments.sizes, strict=True)):
-        for begin in range(offset, offset + size, SCRATCH):
-            part = slice(begin, min(begin + SCRATCH, offset + size))
+    for number, (offset, size) in enumerate(zip(segments.offsets, segments.sizes, strict=True)):
+        for begin in range(offset, offset + size, PART):
+            end = min(begin + PART, offset + size)
+            part = buffers.part(begin, end)
             if not skipped:
-                gradient = grad[part].to(torch.float32)
-                if settings.clip is not None:
-                    gradient = gradient * settings.clip
-                torch._fused_adamw_(
-                    [master[part]],
-                    [gradient],
-                    [exp_avg[part]],
-                    [exp_avg_sq[part]],
-                    [],
-                    [step],
-                    lr=rates[number % len(rates)],
-                    beta1=settings.betas[0],
-                    beta2=settings.betas[1],
-                    weight_decay=decays[number % len(decays)],
-                    eps=settings.eps,
-                    amsgrad=False,
-                    maximize=False,
-                )
-                if weights is not None and settings.rounding is not None:
-                    first = settings.rounding.first + begin
-                    weights[part] = round_stochastically_reference(master[part], first, key)
-                elif weights is not None:
-                    weights[part] = master[part]
+                _update_part(part, settings, step, rates[number % len(rates)], decays[number % len(decays)], begin)
             if settings.zero_grad:
-                grad[part].zero_()
+                part.grad.zero_()
+
+
+def _update_part(part: _Buffers, settings: _Settings, step: torch.Tensor, lr: float, decay: float, begin: int) -> None:
+    gradient = part.grad.to(torch.float32)
+    if settings.clip is not None:
+        # A gradient that will be zeroed may be overwritten: that saves a pass over new memory.
+        gradient = gradient.mul_(settings.clip) if settings.zero_grad else gradient * settings.clip
+    torch._fused_adamw_(
+        [part.master],
+        [gradient],
+        [part.exp_avg],
+        [part.exp_avg_sq],
+        [],
+        [step],
+        lr=lr,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        weight_decay=decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if part.weights is not None and settings.rounding is not None:
+        key = key_reference(settings.rounding.seed, int(step))
+        first = settings.rounding.first + begin
+        part.weights.copy_(round_stochastically_reference(part.master, first, key))
+    elif part.weights is not None:
+        part.weights.copy_(part.master)
 
 
 def _numbers(value: float | torch.Tensor) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
 from mics_kernels.casting import scaled
-from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
+from mics_kernels.flat import KIND, SCRATCH, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
@@ -27,11 +27,17 @@ def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Seque
         torch.cat(pieces, out=out)
         return
     chunks = out.split_with_sizes(placement.chunks)
-    if placement.gaps:
+    if len(placement.gaps) * 1024 > out.numel():
+        out.zero_()  # cheaper than many views of a small buffer
+    elif placement.gaps:
         torch._foreach_zero_([chunks[gap] for gap in placement.gaps])
-    if placement.rank == 0 and scale == 1.0 and tensors:
+    # The cache still holds a small float32 buffer when all of it is scaled after the copies.
+    scale_last = out.dtype == torch.float32 and out.numel() <= SCRATCH and placement.fits_float32
+    if placement.rank == 0 and (scale == 1.0 or scale_last) and tensors:
         targets = [chunks[c] for c in placement.chunk_of]
         torch._foreach_copy_(targets, [tensor.flatten() for tensor in tensors])
+        if scale != 1.0:
+            out.mul_(scale)
         return
     for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
         copy_scaled(tensor, chunks[chunk].view(tensor.shape), scale)

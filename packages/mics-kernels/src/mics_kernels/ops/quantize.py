@@ -44,7 +44,7 @@ def quantize_reference(
 ) -> Quantized:
     """What `quantize` does, in torch."""
     limit = LIMITS[out.values.dtype]
-    per_turn = SCRATCH // block * block
+    per_turn = SCRATCH // 4  # a power of two, as blocks are; each turn makes four temporaries as large
     whole = flat.numel() // block * block
     turns = [(begin, min(begin + per_turn, whole)) for begin in range(0, whole, per_turn)]
     if whole < flat.numel():
@@ -65,7 +65,7 @@ def quantize_reference(
 
 def _quantize_rows(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, limit: float) -> torch.Tensor | None:
     """Quantize each row of float32 `x`; return which rows are not finite, or None if all are."""
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
+    largest = torch.maximum(x.amax(1), x.amin(1).neg_())  # several times faster than a norm; NaNs propagate alike
     strange = None
     if not largest.isfinite().all():
         strange = largest.isfinite().logical_not_()
@@ -82,16 +82,17 @@ def _quantize_rows(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, 
 
 def dequantize_reference(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int = 256) -> None:
     """What `dequantize` does, in torch."""
-    whole = values.numel() // block * block
-    for begin, end, width in ((0, whole, block), (whole, values.numel(), values.numel() - whole)):
-        if begin < end:
-            factor = scales[begin // block : -(-end // block)].unsqueeze(1)
-            part = values[begin:end].view(-1, width)
-            target = out[begin:end].view(-1, width)
-            if out.dtype == torch.float32:
-                torch.mul(target.copy_(part), factor, out=target)
-            else:
-                target.copy_(part.to(torch.float32).mul_(factor))
+    rest = values.numel() % block
+    if rest and rest < values.numel():
+        whole = values.numel() - rest
+        dequantize_reference(values[:whole], scales[:-1], out[:whole], block)
+        dequantize_reference(values[whole:], scales[-1:], out[whole:], block)
+        return
+    rows = out.view(-1, rest or block)
+    if out.dtype == torch.float32:
+        rows.copy_(values.view(-1, rest or block)).mul_(scales.unsqueeze(1))
+    else:
+        rows.copy_(values.view(-1, rest or block).to(torch.float32).mul_(scales.unsqueeze(1)))
 
 
 @jit

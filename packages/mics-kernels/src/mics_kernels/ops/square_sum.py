@@ -6,6 +6,7 @@ length alone, and the partial sums are added in the same order: the same buffer 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import require_flat
-from mics_kernels.flat import SCRATCH
 from mics_kernels.tables import scratch
 
 TILE = 2048
@@ -21,6 +21,10 @@ PROGRAMS = 1024
 _TILE = constexpr(TILE)
 _PROGRAMS = constexpr(PROGRAMS)
 """At most 1024 programs walk the tiles in turn: enough to fill a GPU, few enough for the last one to add up."""
+
+
+PART = 1 << 20
+"""Elements that the reference sums in float32: of so few five digits are right."""
 
 
 class SquareSum(NamedTuple):
@@ -31,25 +35,25 @@ class SquareSum(NamedTuple):
 
 
 def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
-    """What `square_sum` does, in torch; partial sums are added up in float64."""
+    """What `square_sum` does, in torch; the sums of parts are added up in float64."""
     _check(flat, out)
     wide = torch.promote_types(flat.dtype, torch.float32)
+    parts = [flat] if flat.numel() <= PART else torch.split(flat, PART)
     sums = []
-    for part in torch.split(flat, SCRATCH):
+    for part in parts:
         # The bits of a dot product depend on how its input lies to cache lines: all lie as allocations do.
         lies_well = part.dtype == wide and part.data_ptr() % 64 == 0
         value = part if lies_well else part.to(wide, copy=True)
         sums.append(torch.dot(value, value))
     total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=torch.float64).to(wide)
     # A finite sum has no infinite or NaN term; on a GPU asking would be a host sync, so there all is read twice.
-    if flat.device.type == "cpu" and total.isfinite():
+    if flat.device.type == "cpu" and math.isfinite(total.item()):
         nonfinite = torch.zeros_like(total)
     else:
         nonfinite = flat.isfinite().all().logical_not_().to(wide)
     if out is None:
         return SquareSum(total, nonfinite)
-    torch.stack((total, nonfinite), out=out)
-    return SquareSum(out[0], out[1])
+    return SquareSum(*torch.stack((total, nonfinite), out=out).unbind())
 
 
 @jit

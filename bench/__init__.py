@@ -1,0 +1,1 @@
+"""Measurements: the one tool that makes them (`harness`), what a record says (`record`), and what is measured."""
