@@ -60,6 +60,7 @@ def run_tests(tests: Path, seconds: float) -> TestOutcome:
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-u", "-m", "pytest", str(tests), "-v", "--tb=short", "--color=no"]
+    command += ["-W", "default"]  # nor are the warnings of its versions
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]  # compilers want a core each
     begun = time.monotonic()
