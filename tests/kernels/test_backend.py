@@ -4,7 +4,9 @@ import sys
 
 import torch
 
-from mics_kernels import backend, pack
+import mics_kernels.ops.pack as pack_op
+import mics_kernels.ops.unpack as unpack_op
+from mics_kernels import backend, pack, unpack
 from mics_kernels.backend import INTERPRETED
 
 
@@ -67,3 +69,16 @@ def test_these_tests_run_the_kernels(device: torch.device) -> None:
     flat = torch.empty(3, device=device)
     pack([torch.ones(3, device=device)], flat, [0])
     assert flat.sum() == 3
+
+
+def test_parameters_are_memory_like_any_other(device: torch.device) -> None:
+    for pack_, unpack_ in ((pack, unpack), (pack_op.reference, unpack_op.reference)):
+        weights = [
+            torch.nn.Parameter(torch.randn(8, 8, device=device)),
+            torch.nn.Parameter(torch.ones(5, device=device)),
+        ]
+        flat = torch.nn.Parameter(torch.empty(69, device=device))
+        pack_(weights, flat, [0, 64])
+        unpack_(flat, weights, [0, 64])
+        assert all(weight.grad_fn is None and weight.is_leaf for weight in [*weights, flat])
+        assert flat[64:].eq(1).all()

@@ -21,6 +21,7 @@ _TILE = constexpr(TILE)
 """Elements per program: acc, sum and the chunk in flight hold 3 * 16 registers of a thread."""
 
 
+@torch.no_grad()
 def reference(
     acc: torch.Tensor,
     chunks: torch.Tensor | Sequence[torch.Tensor],

@@ -83,6 +83,7 @@ class _Settings:
     rounding: StochasticRounding | None
 
 
+@torch.no_grad()
 def reference(buffers: _Buffers, settings: _Settings) -> None:
     """What `adamw` does, by torch's own fused AdamW, a part of a segment at a time that a cache can hold."""
     segments, rates, decays = settings.segments, _numbers(settings.lr), _numbers(settings.weight_decay)

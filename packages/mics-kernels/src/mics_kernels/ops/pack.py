@@ -19,6 +19,7 @@ from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
+@torch.no_grad()
 def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `pack` does, in torch."""
     placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)

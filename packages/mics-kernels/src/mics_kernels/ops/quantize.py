@@ -39,6 +39,7 @@ class Quantized(NamedTuple):
     scales: torch.Tensor  # float32, one for each block; NaN where a block held an infinity or a NaN
 
 
+@torch.no_grad()
 def quantize_reference(
     flat: torch.Tensor, out: Quantized, block: int = 256, residual: torch.Tensor | None = None
 ) -> Quantized:
@@ -80,6 +81,7 @@ def _quantize_rows(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, 
     return strange
 
 
+@torch.no_grad()
 def dequantize_reference(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int = 256) -> None:
     """What `dequantize` does, in torch."""
     rest = values.numel() % block

@@ -34,6 +34,7 @@ class SquareSum(NamedTuple):
     nonfinite: torch.Tensor  # 1 if an element is infinite or NaN, else 0
 
 
+@torch.no_grad()
 def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
     """What `square_sum` does, in torch; the sums of parts are added up in float64."""
     _check(flat, out)

@@ -18,6 +18,7 @@ from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
+@torch.no_grad()
 def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `unpack` does, in torch."""
     placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
