@@ -1,3 +1,9 @@
-"""Reference models in plain torch, one file each. Empty so far."""
+"""Reference models in plain torch, one file each; `python -m mics_models.pretrain` trains one."""
+
+from mics_models.configs import GPTS
+from mics_models.generate import generate
+from mics_models.gpt import GPT, GPTConfig, chunked_cross_entropy
 
 __version__ = "0.1.0"
+
+__all__ = ["GPT", "GPTS", "GPTConfig", "chunked_cross_entropy", "generate"]
