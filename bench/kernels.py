@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = options.out or ("kernels-quick" if options.quick else "kernels")
     path = RESULTS / folder(device) / f"{name}.json"
     save(path, record | {"ceiling": ceiling, "cases": outcomes})
-    print(f"\nwritten to {path.relative_to(RESULTS.parents[1])}", file=sys.stderr)
+    print(f"\nwritten to {path}", file=sys.stderr)
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
 

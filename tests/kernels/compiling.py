@@ -85,6 +85,8 @@ def variants() -> Iterator[Variant]:
     unpacking = partial(unpack_op._launch, bucket, strided, offsets, 1.0)
     yield "unpack strided", unpacking, wide(BLOCK, F32), wide(BLOCK, BF16)
 
+    yield from corners()
+
     for dtype in (F32, BF16, F16):
         tile = accumulate_op.TILE
         for overwrite in (False, True):
@@ -113,6 +115,42 @@ def variants() -> Iterator[Variant]:
             tile = quantize_op.TILE_WITH_RESIDUAL
             leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, empty(F32))
             yield f"quantize {dtype} -> {kind} with residual", leaving, wide(tile, dtype, F32), wide(tile, F32)
+
+
+def corners() -> Iterator[Variant]:
+    """Arguments that become constants when they are 1, addresses that are not aligned, elements of 64 bits."""
+    odd = {dtype: empty(dtype, SIZE + 1)[1:] for dtype in (F32, BF16)}
+    for size in (0, 1, 100):
+        for dtype in (F32, F64):
+            yield f"square_sum {dtype}[{size}]", partial(square_sum_op._launch, empty(dtype, size), None), 0, 0
+    yield f"square_sum {F64}", partial(square_sum_op._launch, empty(F64), None), 0, 0
+    yield "square_sum misaligned", partial(square_sum_op._launch, odd[BF16], None), 0, 0
+    for dtype in (BF16, F64):
+        adding = partial(accumulate_op._launch, empty(F32, 1), [empty(dtype, 1)], 1.0, overwrite=False)
+        yield f"accumulate {dtype}[1]", adding, 0, 0
+        adding = partial(accumulate_op._launch, empty(F64), [empty(dtype)] * 3, 0.5, overwrite=False)
+        yield f"accumulate {dtype} to {F64}", adding, 0, 0
+    for acc, chunk in ((F32, odd[BF16]), (F32, odd[F32]), (BF16, odd[BF16])):
+        adding = partial(accumulate_op._launch, empty(acc), [chunk] * 3, 0.5, overwrite=False)
+        yield f"accumulate misaligned {chunk.dtype} to {acc}", adding, 0, 0
+    for seed in (0, 1, 16, 2**32 - 1):
+        yield f"adamw seed {seed}", partial(adamw_launch, F32, BF16, StochasticRounding(seed, first=1)), 0, 0
+    for dtype in (torch.int64, torch.complex64, F64):
+        packing = partial(pack_op._launch, [empty(dtype)], empty(dtype), [0], 1.0)
+        yield f"pack {dtype}", packing, 0, 0
+        yield f"unpack {dtype}", partial(unpack_op._launch, empty(dtype), [empty(dtype)], [0], 1.0), 0, 0
+    numbers = [empty(torch.int64), empty(torch.bool)]
+    yield f"pack numbers to {F64}", partial(pack_op._launch, numbers, empty(F64, 2 * SIZE), [0, SIZE], 1.0), 0, 0
+    for block in (16, 1024):
+        out = quantize_op.Quantized(empty(torch.int8, 1), empty(F32, 1))
+        leaving = partial(quantize_op._launch_quantize, empty(BF16, 1), out, block, None)
+        yield f"quantize {BF16}[1], blocks of {block}", leaving, 0, 0
+        yield (
+            f"dequantize {BF16}[1], blocks of {block}",
+            partial(quantize_op._launch_dequantize, *out, empty(BF16, 1), block),
+            0,
+            0,
+        )
 
 
 def adamw_launch(grad: torch.dtype, weights: torch.dtype | None, rounding: StochasticRounding | None) -> None:

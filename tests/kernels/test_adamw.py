@@ -246,7 +246,16 @@ WRONG = {
     "grad is torch.float64": lambda s: adamw(s.master, s.exp_avg, s.exp_avg_sq, s.grad.double(), lr=1, step=1),
     "clip is torch.float64 of shape": lambda s: s.update(lr=1, step=1, clip=s.grad[0].double()),
     "master has shape": lambda s: adamw(s.master.view(2, 4), s.exp_avg, s.exp_avg_sq, s.grad, lr=1, step=1),
-    "lr is torch.float32 of shape": lambda s: s.update(lr=s.grad[:2], step=1),
+    "lr has 2 elements, expected 1": lambda s: s.update(lr=s.grad[:2], step=1),
+    "weight_decay is torch.float64": lambda s: s.update(lr=1, step=1, weight_decay=s.grad[:1].double()),
+    "weight_decay has shape": lambda s: s.update(
+        lr=1, step=1, weight_decay=s.grad[:4:2], segments=Segments.build([0, 4], [4, 4], s.master.device)
+    ),
+    "lr is torch.int64": lambda s: s.update(
+        lr=s.grad[:2].long(), step=1, segments=Segments.build([0, 4], [4, 4], s.master.device)
+    ),
+    "step is 0, expected a count": lambda s: s.update(lr=1, step=0),
+    "clip is 0.5, expected a float32 tensor": lambda s: s.update(lr=1, step=1, clip=0.5),
     "segments end at 9": lambda s: s.update(lr=1, step=1, segments=Segments.build([0], [9], s.master.device)),
     "segment 1 is": lambda s: s.update(lr=1, step=1, segments=Segments.build([0, 3], [4, 1], s.master.device)),
     "one size per offset": lambda s: s.update(lr=1, step=1, segments=Segments.build([0, 3], [4], s.master.device)),

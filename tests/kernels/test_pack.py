@@ -223,6 +223,8 @@ WRONG = {
     "expected floating point on both sides": lambda t, f: pack([t.int()], f, [0], 0.5),
     "expected the same dtype": lambda t, f: pack([t.to(torch.complex64)], f, [0]),
     "on meta, expected": lambda t, f: pack([t.to("meta")], f, [0]),
+    "got one tensor, expected a sequence": lambda t, f: pack(t.view(1, 5), f, [0]),
+    "leave out a gradient that is None": lambda t, f: pack([t, None], f, [0, 5]),
     "plain memory": lambda t, f: pack([t.to_sparse()], f, [0]),
     "unpack: tensor 1 would begin at 4": lambda t, f: unpack(f, [t, t], [0, 4]),
     "unpack: tensor 0 shares memory with itself": lambda t, f: unpack(f, [t[:1].expand(5)], [0]),

@@ -73,6 +73,9 @@ def plan(
     into_flat: bool,
 ) -> FlatPlan:
     """Check that `tensors` lie in `flat` at `offsets`, and where; a placement seen before costs one look-up."""
+    if isinstance(tensors, torch.Tensor) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        wrong = "one tensor" if isinstance(tensors, torch.Tensor) else [type(t).__name__ for t in tensors]
+        raise ValueError(f"{op}: got {wrong}, expected a sequence of tensors: leave out a gradient that is None")
     key = (
         op,
         tuple([(t.dtype, t.shape, t.stride(), t.device) for t in tensors]),
@@ -171,7 +174,8 @@ def _segments(
     walks = [_collapse(tensor) for tensor in tensors]
     rank = max((len(walk) for walk in walks), default=0)
     dtypes = [tensor.dtype for tensor in tensors] or [flat.dtype]  # gaps are zeroed as some kind, too
-    kinds = list(dict.fromkeys(_kind(dtype, flat.dtype, scaled) for dtype in dtypes))
+    # Sorted: the same dtypes in another order must not compile another kernel.
+    kinds = sorted({_kind(dtype, flat.dtype, scaled) for dtype in dtypes}, key=str)
     offsets, sizes, tensor_of, extra = [], [], [], []
     for offset, size, owner in zip(itertools.accumulate(chunks, initial=0), chunks, owners, strict=False):
         if owner < 0 and not into_flat:

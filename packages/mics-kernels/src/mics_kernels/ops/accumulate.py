@@ -17,8 +17,11 @@ from mics_kernels.flat import SCRATCH, copy_scaled
 from mics_kernels.tables import pointer_table
 
 TILE = 2048
-_TILE = constexpr(TILE)
-"""Elements per program: acc, sum and the chunk in flight hold 3 * 16 registers of a thread."""
+SMALL_TILE = 512
+_SMALL_TILE = constexpr(SMALL_TILE)
+"""Elements per program: acc, sum and the chunk in flight hold 3 * 16 registers of a thread. The small one is for
+float64, for the end of a buffer, and for addresses that are not multiples of 16 bytes, where every element takes an
+access of its own."""
 
 
 @torch.no_grad()
@@ -55,21 +58,24 @@ def reference(
 def _accumulate_kernel(
     acc: tl.tensor,  # *A   [size]
     pointers: tl.tensor,  # *i64 [chunks]     addresses of the chunks, [size] each
-    chunks: tl.tensor,
+    chunks: tl.int32,
     size: tl.int64,
     scale: tl.float64,
     CHUNK: tl.constexpr,  # dtype of the chunks
     WIDE: tl.constexpr,  # dtype of the arithmetic
-    ALIGNED: tl.constexpr,  # every chunk begins at a multiple of 16 bytes
+    ALIGNED: tl.constexpr,  # acc and every chunk begin at multiples of 16 bytes
     OVERWRITE: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """One program adds one tile of every chunk."""
-    start = tl.program_id(0).to(tl.int64) * _TILE
-    index = start + tl.arange(0, _TILE)
-    if start + _TILE <= size:
+    start = tl.program_id(0).to(tl.int64) * TILE
+    if start + TILE <= size:
+        index = start + tl.arange(0, TILE)
         _accumulate_tile(acc, pointers, chunks, index, size, scale, CHUNK, WIDE, ALIGNED, OVERWRITE, False)
     else:
-        _accumulate_tile(acc, pointers, chunks, index, size, scale, CHUNK, WIDE, ALIGNED, OVERWRITE, True)
+        for turn in range(start, size, _SMALL_TILE):
+            index = turn + tl.arange(0, _SMALL_TILE)
+            _accumulate_tile(acc, pointers, chunks, index, size, scale, CHUNK, WIDE, ALIGNED, OVERWRITE, True)
 
 
 @jit
@@ -87,13 +93,13 @@ def _accumulate_tile(
     MASKED: tl.constexpr,
 ) -> None:
     inside = index < size if MASKED else None
-    total = tl.zeros([_TILE], WIDE)
+    total = tl.zeros(index.shape, WIDE)
     for chunk in range(chunks):
         part = tl.load(pointers + chunk).to(tl.pointer_type(CHUNK))
         if ALIGNED:
             part = tl.multiple_of(part, 16)
         total += convert(tl.load(part + index, mask=inside), WIDE)
-    total *= tl.full([_TILE], scale, WIDE)
+    total *= tl.full(index.shape, scale, WIDE)
     if not OVERWRITE:
         total = convert(tl.load(acc + index, mask=inside), WIDE) + total
     tl.store(acc + index, convert(total, acc.dtype.element_ty), mask=inside)
@@ -103,9 +109,11 @@ def _launch(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor], sc
     parts = _check(acc, chunks)
     pointers = tuple([part.data_ptr() for part in parts])
     wide = tl.float64 if torch.float64 in (acc.dtype, parts[0].dtype) else tl.float32
+    aligned = all(pointer % 16 == 0 for pointer in (acc.data_ptr(), *pointers))
+    tile = TILE if aligned and wide == tl.float32 else SMALL_TILE
     launch(
         _accumulate_kernel,
-        -(-acc.numel() // TILE),
+        -(-acc.numel() // tile),
         acc.device,
         acc,
         pointer_table(pointers, acc.device),
@@ -114,8 +122,9 @@ def _launch(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor], sc
         scale,
         CHUNK=getattr(tl, str(parts[0].dtype).removeprefix("torch.")),
         WIDE=wide,
-        ALIGNED=all(pointer % 16 == 0 for pointer in pointers),
+        ALIGNED=aligned,
         OVERWRITE=overwrite,
+        TILE=tile,
     )
 
 

@@ -151,11 +151,12 @@ def _adamw_kernel(
     log_beta1: tl.float32,
     log_beta2: tl.float32,
     eps: tl.float32,
-    seed: tl.tensor,  # None to round to the nearest
+    seed: tl.int64,
     first: tl.int64,
     LR_STRIDE: tl.constexpr,  # 1: one for each segment; 0: one for all
     DECAY_STRIDE: tl.constexpr,
     ZERO_GRAD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ) -> None:
     """One program updates one block of one segment."""
     segment, row, start, count = locate(rows, owners, _FIELDS)
@@ -172,7 +173,7 @@ def _adamw_kernel(
     if skip is not None:
         live = tl.load(skip) == 0
     key = None
-    if seed is not None:
+    if STOCHASTIC:
         key = scramble(scramble(seed.to(tl.uint32)) ^ now.to(tl.uint32))
     buffers = (master, exp_avg, exp_avg_sq, grad, weights)
     numbers = (factor, rate, shrink, spread, one_minus_beta1, beta2, one_minus_beta2, eps)
@@ -240,10 +241,14 @@ def _one_minus_power(log_base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 def _launch(buffers: _Buffers, settings: _Settings) -> None:
     device, (beta1, beta2) = buffers.master.device, settings.betas
-    lr, decay, step = (
+    lr, step = (
         value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.float32, device=device)
-        for value in (settings.lr, settings.weight_decay, settings.step)
+        for value in (settings.lr, settings.step)
     )
+    decay = settings.weight_decay
+    if not isinstance(decay, torch.Tensor):  # unlike the others it stays what it is, so that it can be kept
+        number = float(decay)
+        decay = constant(device, ("number", number), lambda: torch.full((), number, device=device))
     launch(
         _adamw_kernel,
         settings.segments.programs,
@@ -262,11 +267,12 @@ def _launch(buffers: _Buffers, settings: _Settings) -> None:
         math.log(beta1) if beta1 else -math.inf,
         math.log(beta2) if beta2 else -math.inf,
         settings.eps,
-        settings.rounding.seed & 0xFFFFFFFF if settings.rounding else None,
+        settings.rounding.seed & 0xFFFFFFFF if settings.rounding else 0,
         settings.rounding.first if settings.rounding else 0,
         LR_STRIDE=int(lr.numel() > 1),
         DECAY_STRIDE=int(decay.numel() > 1),
         ZERO_GRAD=settings.zero_grad,
+        STOCHASTIC=settings.rounding is not None,
     )
 
 
@@ -274,7 +280,7 @@ def _segments(segments: Segments | None, master: torch.Tensor) -> Segments:
     if segments is not None:
         return segments
     size, device = master.numel(), master.device
-    return constant(device, ("adamw", device, size), lambda: Segments.build([0], [size], device))
+    return constant(device, ("everything", size), lambda: Segments.build([0], [size], device))
 
 
 def _check(buffers: _Buffers, settings: _Settings) -> None:
@@ -288,14 +294,18 @@ def _check(buffers: _Buffers, settings: _Settings) -> None:
             f"adamw: segments end at {pieces.offsets[-1] + pieces.sizes[-1]} on {pieces.rows.device}, expected at most "
             f"{master.numel()} on {device}: build them for this buffer"
         )
-    for name in ("step", "clip", "skip"):
-        value = getattr(settings, name)
+    for name, value in (("step", settings.step), ("clip", settings.clip), ("skip", settings.skip)):
         if isinstance(value, torch.Tensor):
             require_scalar("adamw", name, value, device)
+        elif value is not None and (name != "step" or not value >= 1):
+            expected = "a count that begins at 1" if name == "step" else f"a float32 tensor on {device}, or None"
+            raise ValueError(f"adamw: {name} is {value!r}, expected {expected}")
     for name in ("lr", "weight_decay"):
         value = getattr(settings, name)
-        if isinstance(value, torch.Tensor) and value.shape != (len(pieces.sizes),):
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
             require_scalar("adamw", name, value, device)
+        elif isinstance(value, torch.Tensor):
+            require_flat("adamw", name, value, FLOATS[:1], like=pieces.rows[:, 0])
     beta1, beta2 = settings.betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and settings.eps >= 0):
         raise ValueError(

@@ -84,12 +84,15 @@ def _pack_block(
     block = source + start * ((SOURCE.primitive_bitwidth + 7) // 8)
     aligned = ((block | target) % 16 == 0) & (count == _BLOCK)
     if aligned & (not strided):
-        index = tl.arange(0, _BLOCK)
+        # A thread's share of a block of 64-bit elements takes two turns: one would fill its registers.
+        WHOLE: tl.constexpr = _BLOCK if SOURCE.primitive_bitwidth + TARGET.primitive_bitwidth <= 64 else _BLOCK // 2
         wide_source = tl.multiple_of(block.to(tl.pointer_type(SOURCE)), 16)
         wide_target = tl.multiple_of(target.to(tl.pointer_type(TARGET)), 16)
         whole = tl.multiple_of(tl.where(filled, _BLOCK, 0), _BLOCK)  # or a mask would split the load
-        value = tl.load(wide_source + index, mask=index < whole, other=0)
-        tl.store(wide_target + index, scaled(value, scale, TARGET, SCALED))
+        for turn in range(0, count, WHOLE):
+            index = turn + tl.arange(0, WHOLE)
+            value = tl.load(wide_source + index, mask=index < whole, other=0)
+            tl.store(wide_target + index, scaled(value, scale, TARGET, SCALED))
     else:
         readable = tl.where(filled, count, 0)
         SHARE: tl.constexpr = STEP if RANK == 0 else STRIDED_STEP

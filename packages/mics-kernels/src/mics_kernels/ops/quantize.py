@@ -304,6 +304,8 @@ def quantize(
     """
     require_flat("quantize", "the buffer", flat, FLOATS[:3])
     _check_block("quantize", block)
+    if out is not None and out.values.dtype != dtype:
+        raise ValueError(f"quantize: out.values is {out.values.dtype}, expected {dtype}: pass that dtype, too")
     if out is None:
         if dtype not in LIMITS:
             raise ValueError(f"quantize: dtype is {dtype}, expected one of {', '.join(map(str, LIMITS))}")

@@ -17,8 +17,8 @@ from mics_kernels.checks import require_flat
 from mics_kernels.tables import scratch
 
 TILE = 2048
+TILE_FLOAT64 = 1024
 PROGRAMS = 1024
-_TILE = constexpr(TILE)
 _PROGRAMS = constexpr(PROGRAMS)
 """At most 1024 programs walk the tiles in turn: enough to fill a GPU, few enough for the last one to add up."""
 
@@ -64,20 +64,21 @@ def _square_sum_kernel(
     partials: tl.tensor,  # *f64 [PROGRAMS, 2]
     tickets: tl.tensor,  # *i32 [1]              0 between launches
     size: tl.int64,
-    programs: tl.tensor,
     WIDE: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """One program squares every `programs`-th tile; the one that finishes last adds up what all have found."""
     program = tl.program_id(0)
-    total = tl.zeros([_TILE], WIDE)
-    strange = tl.zeros([_TILE], tl.int32)
-    whole = size // _TILE * _TILE
-    for start in range(program.to(tl.int64) * _TILE, whole, programs.to(tl.int64) * _TILE):
-        value = convert(tl.load(flat + start + tl.arange(0, _TILE)), WIDE)
+    programs = tl.num_programs(0)  # as an argument, 1 would be a constant and not a number of the device
+    total = tl.zeros([TILE], WIDE)
+    strange = tl.zeros([TILE], tl.int32)
+    whole = size // TILE * TILE
+    for start in range(program.to(tl.int64) * TILE, whole, programs.to(tl.int64) * TILE):
+        value = convert(tl.load(flat + start + tl.arange(0, TILE)), WIDE)
         total += value * value
         strange |= (value - value != 0).to(tl.int32)
     if program == programs - 1:
-        index = whole + tl.arange(0, _TILE)
+        index = whole + tl.arange(0, TILE)
         value = convert(tl.load(flat + index, mask=index < size, other=0), WIDE)
         total += value * value
         strange |= (value - value != 0).to(tl.int32)
@@ -98,7 +99,8 @@ def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
     _check(flat, out)
     device, wide = flat.device, torch.promote_types(flat.dtype, torch.float32)
     pair = torch.empty(2, dtype=wide, device=device) if out is None else out
-    programs = max(1, min(PROGRAMS, -(-flat.numel() // TILE)))
+    tile = TILE if wide == torch.float32 else TILE_FLOAT64
+    programs = max(1, min(PROGRAMS, -(-flat.numel() // tile)))
     launch(
         _square_sum_kernel,
         programs,
@@ -108,8 +110,8 @@ def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
         scratch(device, "square_sum sums", lambda: torch.empty(2 * PROGRAMS, dtype=torch.float64, device=device)),
         scratch(device, "square_sum tickets", lambda: torch.zeros(1, dtype=torch.int32, device=device)),
         flat.numel(),
-        programs,
         WIDE=tl.float64 if wide == torch.float64 else tl.float32,
+        TILE=tile,
     )
     return SquareSum(pair[0], pair[1])
 

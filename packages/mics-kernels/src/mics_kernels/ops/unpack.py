@@ -70,10 +70,13 @@ def _unpack_block(
     block = target + start * ((TARGET.primitive_bitwidth + 7) // 8)
     aligned = ((block | source) % 16 == 0) & (count == _BLOCK)
     if aligned & (not strided):
-        index = tl.arange(0, _BLOCK)
+        # A thread's share of a block of 64-bit elements takes two turns: one would fill its registers.
+        WHOLE: tl.constexpr = _BLOCK if SOURCE.primitive_bitwidth + TARGET.primitive_bitwidth <= 64 else _BLOCK // 2
         wide_source = tl.multiple_of(source.to(tl.pointer_type(SOURCE)), 16)
         wide_target = tl.multiple_of(block.to(tl.pointer_type(TARGET)), 16)
-        tl.store(wide_target + index, scaled(tl.load(wide_source + index), scale, TARGET, SCALED))
+        for turn in range(0, count, WHOLE):
+            index = turn + tl.arange(0, WHOLE)
+            tl.store(wide_target + index, scaled(tl.load(wide_source + index), scale, TARGET, SCALED))
     else:
         SHARE: tl.constexpr = STEP if RANK == 0 else STRIDED_STEP
         for turn in range(0, count, SHARE):
