@@ -124,7 +124,9 @@ WRONG = {
     "residual has 4 elements, expected 40": lambda x: quantize(x, residual=x[:4]),
     "scales has 40 elements": lambda x: dequantize(x.to(torch.int8), x),
     "out.values is torch.int32": lambda x: quantize(x, out=quantize_op.Quantized(x.int(), x[:1])),
-    "expected torch.float8_e5m2": lambda x: quantize(x, torch.float8_e5m2, out=empty(40, torch.int8, 256, x.device)),
+    "dtype is torch.float8_e5m2, expected torch.int8": lambda x: quantize(
+        x, torch.float8_e5m2, out=empty(40, torch.int8, 256, x.device)
+    ),
 }
 
 

@@ -286,13 +286,15 @@ def _check_scales(op: str, scales: torch.Tensor, flat: torch.Tensor, block: int)
 
 def quantize(
     flat: torch.Tensor,
-    dtype: torch.dtype = torch.int8,
+    dtype: torch.dtype | None = None,
     *,
     block: int = 256,
     residual: torch.Tensor | None = None,
     out: Quantized | None = None,
 ) -> Quantized:
     """Quantize the 1-D buffer `flat` to int8, float8_e4m3fn or float8_e5m2, with one scale for each `block` elements.
+
+    The dtype is that of `out`, if given, else int8 unless you say.
 
     `residual`, a buffer as long as `flat` that starts as zeros, is added before and receives what rounding lost
     (error feedback): pass the same one again next time. `out` takes the place of newly allocated results. A block
@@ -304,13 +306,14 @@ def quantize(
     """
     require_flat("quantize", "the buffer", flat, FLOATS[:3])
     _check_block("quantize", block)
-    if out is not None and out.values.dtype != dtype:
-        raise ValueError(f"quantize: out.values is {out.values.dtype}, expected {dtype}: pass that dtype, too")
     if out is None:
+        dtype = dtype or torch.int8
         if dtype not in LIMITS:
             raise ValueError(f"quantize: dtype is {dtype}, expected one of {', '.join(map(str, LIMITS))}")
         scales = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
         out = Quantized(torch.empty_like(flat, dtype=dtype), scales)
+    elif dtype not in (None, out.values.dtype):
+        raise ValueError(f"quantize: dtype is {dtype}, expected {out.values.dtype}, that of out.values, or none")
     require_flat("quantize", "out.values", out.values, tuple(LIMITS), like=flat)
     _check_scales("quantize", out.scales, flat, block)
     if residual is not None:
