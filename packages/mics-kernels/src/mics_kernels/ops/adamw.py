@@ -105,20 +105,10 @@ def _update_part(part: _Buffers, settings: _Settings, step: torch.Tensor, lr: fl
         # A gradient that will be zeroed may be overwritten: that saves a pass over new memory.
         gradient = gradient.mul_(settings.clip) if settings.zero_grad else gradient * settings.clip
     torch._fused_adamw_(
-        [part.master],
-        [gradient],
-        [part.exp_avg],
-        [part.exp_avg_sq],
-        [],
-        [step],
-        lr=lr,
-        beta1=settings.betas[0],
-        beta2=settings.betas[1],
-        weight_decay=decay,
-        eps=settings.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+        [part.master], [gradient], [part.exp_avg], [part.exp_avg_sq], [], [step],
+        lr=lr, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=decay, eps=settings.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
     if part.weights is not None and settings.rounding is not None:
         key = key_reference(settings.rounding.seed, int(step))
         first = settings.rounding.first + begin
@@ -254,16 +244,9 @@ def _launch(buffers: _Buffers, settings: _Settings) -> None:
         settings.segments.programs,
         device,
         *buffers,
-        settings.segments.rows,
-        settings.segments.owners,
-        lr,
-        decay,
-        step,
-        settings.clip,
-        settings.skip,
-        1 - beta1,
-        beta2,
-        1 - beta2,
+        *(settings.segments.rows, settings.segments.owners),
+        *(lr, decay, step, settings.clip, settings.skip),
+        *(1 - beta1, beta2, 1 - beta2),
         math.log(beta1) if beta1 else -math.inf,
         math.log(beta2) if beta2 else -math.inf,
         settings.eps,
