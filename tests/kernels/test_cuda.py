@@ -72,6 +72,18 @@ def test_a_graph_replays_what_was_captured_with_what_the_memory_holds_then() -> 
         assert_same_bits(tensor, value)
 
 
+def test_a_graph_records_the_addresses_of_tensors_that_it_meets_first() -> None:
+    flat, offsets = torch.empty(3000, device="cuda"), [0, 1000, 2000]
+    seen, fresh = ([torch.randn(1000, device="cuda") for _ in offsets] for _ in range(2))
+    pack(seen, flat, offsets)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pack(fresh, flat, offsets)
+    flat.zero_()
+    graph.replay()
+    assert_same_bits(flat, torch.cat(fresh))
+
+
 def test_a_capture_without_a_first_call_says_what_to_do() -> None:
     tensor, flat = torch.randn(12_345, device="cuda"), torch.empty(12_345, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -143,7 +155,7 @@ FAR = 2**31 + 4096 * 3 + 5
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 60 * 2**30, reason="needs a GPU of 60 GiB"
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 100 * 2**30, reason="needs a GPU of 100 GiB"
 )
 def test_flat_buffers_of_more_than_two_to_the_31_elements() -> None:
     flat = torch.full((FAR,), 3.0, dtype=torch.bfloat16, device="cuda")
@@ -173,7 +185,6 @@ def test_flat_buffers_of_more_than_two_to_the_31_elements() -> None:
     moments = torch.zeros(2, FAR, device="cuda")
     master = torch.ones(FAR, device="cuda")
     adamw(master, moments[0], moments[1], acc, flat, lr=0.5, step=1, weight_decay=0.0)
-    moved = acc != 0
-    assert master[~moved].eq(1).all()
-    torch.testing.assert_close(master[moved], torch.full_like(master[moved], 0.5))
+    expected = torch.where(acc != 0, 0.5, 1.0)
+    assert expected.sub_(master).abs_().max() < 1e-5
     assert flat.equal(master.bfloat16())

@@ -203,6 +203,19 @@ def test_tables_are_bounded_in_number(device: torch.device, monkeypatch: pytest.
     assert len(tables._SCRATCH) == 4
 
 
+def test_what_one_graph_reads_is_kept_when_another_captures_its_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, captured = torch.device("cpu"), {}
+    monkeypatch.setattr(tables, "_CONSTANTS", type(tables._CONSTANTS)())
+    monkeypatch.setattr(tables, "_CAPTURED", captured)
+    for _ in range(2):
+        table = tables.constant(cpu, "sizes", lambda: torch.zeros(1))
+        monkeypatch.setattr(tables, "_capturing", lambda _: True)
+        assert tables.constant(cpu, "sizes", lambda: torch.ones(1)) is table
+        monkeypatch.setattr(tables, "_capturing", lambda _: False)
+        tables._CONSTANTS.clear()  # as if others had taken its place
+    assert len(captured) == 2
+
+
 def test_a_buffer_of_more_than_two_to_the_31_elements(device: torch.device) -> None:
     far = 2**31 + 5
     flat = torch.empty(far + 5000, dtype=torch.uint8, device=device)  # two GiB that are never touched on a CPU
