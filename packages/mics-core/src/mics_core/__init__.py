@@ -1,3 +1,29 @@
-"""The runtime of mics. Empty so far."""
+"""Training of models that are cut over many ranks, with few bytes on slow links: `shard` one, and train as usual."""
+
+from mics_core.comm import init
+from mics_core.errors import ConfigError, LifecycleError
+from mics_core.optimizer import AdamW
+from mics_core.runtime import shard
+from mics_core.sharding import LossScale, Precision, Sharding
+from mics_core.steps import watch_optimizers
+from mics_core.training import accumulate, check_replicas, clip_grad_norm_, full_params, ledger
+
+watch_optimizers()
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "ConfigError",
+    "LifecycleError",
+    "LossScale",
+    "Precision",
+    "Sharding",
+    "accumulate",
+    "check_replicas",
+    "clip_grad_norm_",
+    "full_params",
+    "init",
+    "ledger",
+    "shard",
+]

@@ -1,0 +1,103 @@
+"""What is checked before anything is built: a request that can be met, and the same one on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from mics_core import comm, registry
+from mics_core.errors import ConfigError
+from mics_core.initialise import check_meta
+from mics_core.sharding import Precision, Sharding
+from mics_core.topology import Rungs, Topology
+from mics_core.units import Unit, UnitRule, find
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rank asks for. All but the last two must be alike everywhere."""
+
+    sharding: Sharding | None
+    precision: Precision
+    ranks_per_node: int | None
+    units: tuple[str, ...]
+    parameters: tuple[tuple[str, tuple[int, ...], str, bool], ...]
+    node: str
+    error: str | None
+
+
+def agree(
+    model: nn.Module,
+    sharding: Sharding,
+    rule: UnitRule | None,
+    precision: Precision,
+    ranks_per_node: int | None,
+    world: comm.World,
+) -> tuple[list[Unit], Rungs, Sharding]:
+    """The units, the rungs and the resolved sharding. Whatever is wrong on one rank is raised on all."""
+    units: list[Unit] = []
+    resolved, error = None, None
+    try:
+        units = _checked_units(model, sharding, rule)
+        resolved = sharding.resolve(world.size)
+    except ConfigError as problem:
+        error = str(problem)
+    parameters = tuple(
+        (member.name, tuple(member.parameter.shape), str(member.parameter.dtype), member.parameter.requires_grad)
+        for unit in units
+        for member in (*unit.trained, *unit.frozen)
+    )
+    names = tuple(unit.name for unit in units)
+    mine = Request(resolved, precision, ranks_per_node, names, parameters, comm.node_name(), error)
+    requests: list[Request] = world.tell(mine)
+    for rank, request in enumerate(requests):
+        if request.error is not None:
+            raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
+    _check_alike(requests)
+    nodes = [request.node for request in requests]
+    per_node = ranks_per_node or comm.ranks_per_node(nodes, whole_world=world.whole)
+    topology = Topology(world.size, per_node)
+    comm.check_placement(nodes, min(per_node, world.size))
+    assert resolved is not None
+    return units, Rungs.of(resolved, topology), resolved
+
+
+def _checked_units(model: nn.Module, sharding: Sharding, rule: UnitRule | None) -> list[Unit]:
+    if not isinstance(sharding, Sharding):
+        raise ConfigError(f"shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)")
+    if any(registry.is_sharded(module) for module in model.modules()):
+        raise ConfigError(f"shard: this {type(model).__name__} is sharded already, or a part of it: shard it once")
+    check_meta(model)
+    units = find(model, rule)
+    for unit in units:
+        for member in (*unit.trained, *unit.frozen):
+            if not member.parameter.is_floating_point():
+                raise ConfigError(
+                    f"shard: {member.name} is {member.parameter.dtype}, expected floating point: make it a buffer, "
+                    "which every rank keeps whole"
+                )
+    return units
+
+
+def _check_alike(requests: list[Request]) -> None:
+    first = requests[0]
+    for rank, request in enumerate(requests):
+        for name in ("sharding", "precision", "ranks_per_node", "units"):
+            here, there = getattr(request, name), getattr(first, name)
+            if here != there:
+                raise ConfigError(f"shard: {name} is {here} on rank {rank} and {there} on rank 0: ask alike everywhere")
+        if request.parameters != first.parameters:
+            here, there = _first_difference(request.parameters, first.parameters)
+            raise ConfigError(
+                f"shard: the models differ: rank {rank} has {here} where rank 0 has {there}: build the same model "
+                "on every rank"
+            )
+
+
+def _first_difference(mine: tuple[object, ...], theirs: tuple[object, ...]) -> tuple[object, object]:
+    for here, there in zip(mine, theirs, strict=False):
+        if here != there:
+            return here, there
+    longer = max(mine, theirs, key=len)[min(len(mine), len(theirs))]
+    return (longer, "no more parameters") if len(mine) > len(theirs) else ("no more parameters", longer)

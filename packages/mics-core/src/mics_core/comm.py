@@ -1,0 +1,241 @@
+"""Process groups and what travels through them. The only file that imports torch.distributed.
+
+A `Group` is the ranks that meet in one step of a ladder. It does two things, both blocking the lane they are called on:
+`gather` puts everyone's piece into one buffer, `exchange` brings everyone's part of my piece. On GPUs they are NCCL's
+all-gather and reduce-scatter. On CPUs they are messages between pairs: gloo's own reduce-scatter moves twice the bytes,
+and its all-gather uses two thirds of a link between nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from mics_core.errors import ConfigError, LifecycleError
+
+ProcessGroup = dist.ProcessGroup
+
+# torch 2.13 renamed them, and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_CPU = torch.device("cpu")
+_timeout = timedelta(minutes=10)  # for groups made later, which torch does not tell of their parent's
+
+
+def init(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Join the ranks that `torchrun` started, and return this rank's device.
+
+    With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
+    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error.
+    """
+    global _timeout
+    _timeout = timeout
+    device = _CPU
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # gloo beside NCCL: what hosts agree on must not wait for a device.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+@dataclass
+class Answers:
+    """Small numbers of all ranks, on their way."""
+
+    numbers: torch.Tensor
+    work: dist.Work | None
+
+    def read(self) -> list[int]:
+        """The numbers in the order of ranks, once all are there."""
+        if self.work is not None:
+            self.work.wait()
+        answers: list[int] = self.numbers.tolist()
+        return answers
+
+
+class World:
+    """The ranks that train one model together: all of them, or those of a caller's data-parallel group."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        if group is None and "RANK" in os.environ and not dist.is_initialized():
+            raise LifecycleError("shard: torchrun's RANK is set but no process group exists: call mics.init() first")
+        self._single = not dist.is_initialized()
+        self.whole = group is None
+        self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
+        self.rank = 0 if self._single else dist.get_rank(group)
+        self.size = len(self.ranks)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self._control = None if self.size == 1 else _subgroup(self.ranks, "control", "gloo")
+
+    def tell(self, mine: object) -> list[Any]:
+        """What every rank says here, in the order of ranks; small objects only."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine, group=self._control)
+        return everyone
+
+    def ask(self, mine: int) -> Answers:
+        """Begin to tell everyone a small number; nothing waits until the answers are read."""
+        numbers = torch.zeros(self.size, dtype=torch.uint8)
+        numbers[self.rank] = mine
+        work = None
+        if self.size > 1:
+            work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._control, async_op=True)
+        return Answers(numbers, work)
+
+    def any(self, flags: torch.Tensor) -> None:
+        """Replace each element of a small uint8 tensor on the CPU by its maximum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
+
+    def send_all(self, flat: torch.Tensor) -> None:
+        """Overwrite everyone's buffer with rank 0's."""
+        if self.size > 1:
+            pass_on = flat.cpu() if flat.device.type != "cpu" else flat
+            dist.broadcast(pass_on, group_src=0, group=self._control)
+            flat.copy_(pass_on)
+
+    def group(self, members: Sequence[int], name: str) -> Group:
+        """The group of these members of this world; all of them must ask for it, in the same order of groups."""
+        ranks = tuple(self.ranks[member] for member in members)
+        seat = Seat(ranks, members.index(self.rank), name)
+        if self.device.type == "cuda":
+            return _DeviceGroup(seat, _subgroup(ranks, name, "nccl"))
+        return _HostGroup(seat, _subgroup(ranks, name, "gloo"))
+
+
+_subgroups: dict[tuple[object, ...], ProcessGroup] = {}
+
+
+def _subgroup(ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
+    """A process group for one purpose. Models that are cut alike share it: a group costs sockets or GPU memory."""
+    whole = id(dist.group.WORLD)
+    key = (whole, ranks, name)
+    if key not in _subgroups:
+        for stale in [k for k in _subgroups if k[0] != whole]:
+            del _subgroups[stale]  # their world was destroyed
+        _subgroups[key] = dist.new_group(
+            list(ranks),
+            timeout=_timeout,
+            backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
+            use_local_synchronization=True,  # only members take part, so that a caller's groups can each have a model
+            sort_ranks=False,
+            group_desc=f"mics {name}",
+        )
+    return _subgroups[key]
+
+
+def node_name() -> str:
+    """What tells this rank's node from others: the host, and torchrun's number of the node on it."""
+    return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '0')}"
+
+
+def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
+    """How many ranks a node has: as torchrun says, else as the nodes' names tell."""
+    if whole_world and "LOCAL_WORLD_SIZE" in os.environ:
+        return min(int(os.environ["LOCAL_WORLD_SIZE"]), len(names))
+    return len(names) // len(set(names))
+
+
+def check_placement(names: Sequence[str], per_node: int) -> None:
+    """Raise if ranks that count as one node are on several."""
+    for rank, name in enumerate(names):
+        first = rank - rank % per_node
+        if names[first] != name:
+            raise ConfigError(
+                f"ranks {first} to {first + per_node - 1} should share a node of {per_node}, but rank {first} is on "
+                f"{names[first]} and rank {rank} on {name}: number the ranks node by node, as torchrun does"
+            )
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Who is in a group, by their numbers in the whole job, and where I am among them."""
+
+    ranks: tuple[int, ...]
+    index: int
+    name: str
+
+
+class Group(Protocol):
+    """The ranks that meet in one step of a ladder."""
+
+    seat: Seat
+
+    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        """Put the ranks' pieces side by side into `out`; mine may already lie there."""
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """Cut `source` into one part for each rank; return what they sent for me, in their order or summed up."""
+
+
+class _HostGroup:
+    """gloo. Receives are posted first, and every pair talks at once: that keeps both directions of a link busy."""
+
+    def __init__(self, seat: Seat, group: ProcessGroup) -> None:
+        self.seat = seat
+        self._group = group
+        size = len(seat.ranks)
+        self._others = [(seat.index + turn) % size for turn in range(1, size)]
+        self._received = torch.empty(0, dtype=torch.uint8)
+
+    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        pieces = out.view(len(self.seat.ranks), -1)
+        mine = pieces[self.seat.index]
+        receives = [(other, self._group.recv([pieces[other]], other, 0)) for other in self._others]
+        sends = [(other, self._group.send([piece], other, 0)) for other in self._others]
+        if mine.data_ptr() != piece.data_ptr():
+            mine.copy_(piece)
+        self._wait(receives, sends)
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        parts = source.view(len(self.seat.ranks), -1)
+        needed = parts[1:].numel() * source.itemsize
+        if self._received.numel() < needed:
+            self._received = torch.empty(needed, dtype=torch.uint8)
+        arrived = self._received[:needed].view(source.dtype).view(-1, parts.shape[1])
+        arriving = {other: arrived[turn] for turn, other in enumerate(self._others)}
+        receives = [(other, self._group.recv([arriving[other]], other, 0)) for other in self._others]
+        sends = [(other, self._group.send([parts[other]], other, 0)) for other in self._others]
+        self._wait(receives, sends)
+        return [arriving.get(index, parts[self.seat.index]) for index in range(len(self.seat.ranks))]
+
+    def _wait(self, receives: list[tuple[int, dist.Work]], sends: list[tuple[int, dist.Work]]) -> None:
+        for verb, works in (("nothing came from", receives), ("nothing was taken by", sends)):
+            for other, work in works:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"{verb} rank {self.seat.ranks[other]} on rung {self.seat.name}: it does other work, has "
+                        f"failed, or its link is down: {error}"
+                    ) from error
+
+
+class _DeviceGroup:
+    """NCCL, on the current stream."""
+
+    def __init__(self, seat: Seat, group: ProcessGroup) -> None:
+        self.seat = seat
+        self._group = group
+
+    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        _all_gather(out, piece, group=self._group)
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        mine = source.view(len(self.seat.ranks), -1)[self.seat.index]
+        _reduce_scatter(mine, source, group=self._group)  # NCCL takes the output inside the input
+        return [mine]

@@ -1,0 +1,87 @@
+"""How weights come into a sharded model: the model's own, or drawn unit by unit for a model on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mics_core.comm import World
+from mics_core.errors import ConfigError
+from mics_core.fingerprint import fingerprint
+from mics_core.units import Member, Unit
+
+
+def check_meta(model: nn.Module) -> None:
+    """Raise if a module on the meta device cannot draw its weights."""
+    for name, module in model.named_modules():
+        if _on_meta(module) and not callable(getattr(module, "reset_parameters", None)):
+            raise ConfigError(
+                f"shard: {name or 'the model'} ({type(module).__name__}) is on the meta device and has no "
+                "reset_parameters() to fill its parameters and buffers: write one, or build the model in memory"
+            )
+
+
+def draw(unit: Unit, model: nn.Module, device: torch.device, seed: int) -> None:
+    """Bring the unit's modules from the meta device to memory, one by one, each with a generator of its own.
+
+    So the weights depend on the seed and on the module's place in the model, and on nothing else.
+    """
+    needed = {id(site.module) for member in (*unit.trained, *unit.frozen) for site in member.sites}
+    for number, module in enumerate(model.modules()):
+        if id(module) in needed and _on_meta(module):
+            _draw_module(module, device, seed + number)
+
+
+def bring_buffers(model: nn.Module, world: World, seed: int) -> None:
+    """Put all buffers on the device, drawn if they are on the meta device, and the same on all ranks."""
+    for number, module in enumerate(model.modules()):
+        if _on_meta(module):
+            _draw_module(module, world.device, seed + number)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(world.device)
+    make_equal(list(model.buffers()), world)
+
+
+def whole_values(members: Sequence[Member], world: World) -> list[torch.Tensor]:
+    """The members' values, whole, on the device, and the same on all ranks."""
+    values = [_present(member).detach().to(world.device) for member in members]
+    make_equal(values, world)
+    return values
+
+
+@torch.no_grad()
+def make_equal(tensors: list[torch.Tensor], world: World) -> None:
+    """Give every rank rank 0's values where any rank's differ, as DDP does."""
+    if world.size == 1 or not tensors:
+        return
+    sums = world.tell([fingerprint(tensor).tolist() for tensor in tensors])
+    for index, tensor in enumerate(tensors):
+        if any(other[index] != sums[0][index] for other in sums):
+            contiguous = tensor.contiguous()
+            world.send_all(contiguous)
+            tensor.copy_(contiguous)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(
+        tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
+
+
+def _draw_module(module: nn.Module, device: torch.device, seed: int) -> None:
+    """Give one module memory and let it fill it, without touching the caller's generators."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        module.to_empty(device=device, recurse=False)
+        module.reset_parameters()  # type: ignore[operator]
+
+
+def _present(member: Member) -> torch.Tensor:
+    """The parameter as it is now: on the meta device, its module has made a new one."""
+    site = member.sites[0]
+    parameter = site.module._parameters[site.name]
+    assert parameter is not None
+    return parameter

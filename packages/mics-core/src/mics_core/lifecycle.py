@@ -1,0 +1,316 @@
+"""The conductor: hooks around every unit decide when it is gathered and released, and when its gradient leaves.
+
+    REST -> FORWARD -> REST -> BACKWARD -> REST
+
+docs/lifecycle.md has the whole table. Two rules explain most of the code. A unit's trained parameters are the outputs
+of one autograd node, `Whole`: its backward runs when the gradients of all of them are there, whatever was called how
+often, and nothing has to be counted. And that node and its context know the unit but no tensor of this pass, or a pass
+would keep itself alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+from mics_core import trees
+from mics_core.autograd import entrance, whole
+from mics_core.comm import Answers
+from mics_core.errors import LifecycleError
+from mics_core.gather import Gathered, Gatherer
+from mics_core.order import Order, Use, Way
+from mics_core.places import Places
+from mics_core.reduce import Gradient, Reduced, Reducer
+from mics_core.scaling import Scaling
+
+
+class Phase(Enum):
+    """What the model is doing."""
+
+    REST = "rest"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class MicroStep(Enum):
+    """What `accumulate` said of the present micro-step."""
+
+    UNMARKED = "unmarked"
+    MORE_FOLLOW = "more follow"
+    LAST = "last"
+
+
+class Station:
+    """A unit under the conductor: its memory, its gradient, and the places where its modules look for parameters."""
+
+    def __init__(self, number: int, gathered: Gathered, reduced: Reduced | None) -> None:
+        self.number = number
+        self.gathered = gathered
+        self.reduced = reduced
+        self.places = [(part, Places(part)) for part in gathered.shards]
+        self.awaited = 0  # backwards that the forwards of this pass have announced
+        self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
+
+    def clear(self) -> None:
+        """Let modules see their Parameters again, and raise if someone wrote into the whole ones."""
+        for part, places in self.places:
+            places.clear()
+            if part.changed():
+                raise LifecycleError(
+                    f"{self.gathered.unit}: a parameter was changed in place while it was gathered, and the change "
+                    "would be lost: change parameters inside `with mics.full_params(model)`"
+                )
+
+
+class Conductor:
+    """Owns the phase of a model, and what its units do in it."""
+
+    def __init__(
+        self,
+        stations: Sequence[Station],
+        gatherer: Gatherer,
+        reducer: Reducer,
+        compute: torch.dtype,
+        scaling: Scaling | None,
+    ) -> None:
+        self.stations = stations
+        self.gatherer = gatherer
+        self.reducer = reducer
+        self.phase = Phase.REST
+        self.micro_step = MicroStep.UNMARKED
+        self.scaling = scaling
+        self._compute = compute
+        names = [str(station.gathered.unit) for station in stations]
+        self._orders = {differentiated: Order(names) for differentiated in (True, False)}
+        self._order = self._orders[True]
+        self._question: Answers | None = None
+        self._open = 0  # forwards under way
+        self._passes = 0  # backwards so far
+        self._taken: list[Station] = []  # by this backward, and not left yet
+        self._finished: list[Station] = []  # those of them whose gradients are there
+        self._anchor = torch.empty(0, requires_grad=True)
+        for station in stations:
+            station.finish = self._finisher(station)
+
+    def mark(self, micro_step: MicroStep, question: Answers | None) -> None:
+        """`accumulate` says which micro-step comes, and has asked the other ranks whether theirs is the last, too."""
+        self.micro_step = micro_step
+        self._question = question
+
+    def busy(self) -> bool:
+        """Whether a forward or backward is under way."""
+        if self.phase is Phase.BACKWARD and not self._recomputing():
+            self._give_up_backward()  # it raised, or its last callback would have run
+        return self.phase is not Phase.REST
+
+    # ---- forward
+
+    def before_forward(self, station: Station, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Gather the unit and put its whole parameters in place; return changed inputs, if they are to change."""
+        again = self._recomputing()
+        differentiated = torch.is_grad_enabled()
+        if not again:
+            self._enter(station, differentiated)
+        self.gatherer.take(station.gathered)
+        if not again:
+            self._fetch()
+        self.gatherer.arrive(station.gathered)
+        for part, places in station.places:
+            if part.trained and differentiated:
+                places.set(whole(self._anchor, part.views, station.finish))
+            else:
+                places.set(part.views)
+        inputs = None
+        if station.number == 0 and self._compute != torch.float32:
+            inputs = trees.convert((args, kwargs), self._to_compute)
+        if station.reduced is None and differentiated and station.places:
+            inputs = self._watch_inputs(station, inputs or (args, kwargs))
+        return inputs
+
+    def after_forward(self, station: Station, outputs: Any) -> Any:
+        """Release the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
+        again = self._recomputing()
+        whole = [places.whole for _, places in station.places]
+        station.clear()
+        changed = None
+        if station.number == 0 and self.scaling is not None and outputs is not None:
+            outputs = changed = self.scaling.enlarge(outputs)
+        if torch.is_grad_enabled() and outputs is not None:
+            self._watch_outputs(station, outputs, whole)
+        self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
+        if not again:
+            self._open -= 1
+            if not self._open:
+                self._end_forward()
+        return changed
+
+    def _enter(self, station: Station, differentiated: bool) -> None:
+        if not self._open:
+            self._begin_forward(differentiated)
+        self._open += 1
+        if differentiated and station.reduced is not None:
+            station.awaited += 1
+        if not self._order.reach(Use(station.number, Way.FORWARD)):
+            self._drop_fetched()
+
+    def _to_compute(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._compute) if tensor.is_floating_point() else tensor
+
+    def _recomputing(self) -> bool:
+        """Whether a forward runs inside a backward, as under a checkpoint."""
+        return self.phase is Phase.BACKWARD and torch._C._current_graph_task_id() != -1
+
+    def _begin_forward(self, differentiated: bool) -> None:
+        if self.phase is Phase.BACKWARD:
+            self._give_up_backward()
+        self.phase = Phase.FORWARD
+        self._order = self._orders[differentiated]
+
+    def _end_forward(self) -> None:
+        self.phase = Phase.REST
+        if self._order is self._orders[False]:
+            self._order.end()
+            self._drop_fetched()
+
+    # ---- backward
+
+    def before_backward(self, station: Station, views: list[Sequence[torch.Tensor]]) -> None:
+        """Gather the unit again, for what its backward reads and what a checkpoint in it recomputes."""
+        if self.phase is not Phase.BACKWARD:
+            self._check_alike()
+            self.phase = Phase.BACKWARD
+            self._order = self._orders[True]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        self._let_finished_leave()
+        if not self._order.reach(Use(station.number, Way.BACKWARD)):
+            self._drop_fetched()
+        self.gatherer.take(station.gathered)
+        self._taken.append(station)
+        self._fetch()
+        self.gatherer.arrive(station.gathered)
+        for (_, places), present in zip(station.places, views, strict=True):
+            places.set(present)
+
+    def _check_alike(self) -> None:
+        """The answers had the whole forward to arrive. Without them, ranks would wait for each other for ever."""
+        if self._question is not None:
+            last = self._question.read()
+            self._question = None
+            if len(set(last)) > 1:
+                raise LifecycleError(
+                    f"accumulate: ranks {[rank for rank, is_last in enumerate(last) if is_last]} are at their last "
+                    "micro-batch and the others are not: give every rank equally many"
+                )
+
+    def _finisher(self, station: Station) -> Callable[..., None]:
+        reduced = station.reduced
+
+        def finish(grads: Sequence[torch.Tensor | None]) -> None:
+            station.clear()
+            # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's backward
+            # begins with them; so the memory stays until then.
+            self._finished.append(station)
+            if reduced is not None:
+                self.reducer.take(reduced, grads)
+                station.awaited -= 1
+                if self.micro_step is MicroStep.LAST and station.awaited == 0:
+                    self.reducer.sync(reduced)
+
+        return finish
+
+    def _end_backward(self) -> None:
+        self._order.end()
+        self._let_finished_leave()
+        for station in self._taken:  # reached, but no gradient came for its parameters
+            station.clear()
+            self.gatherer.leave(station.gathered, keep=False)
+        self._taken.clear()
+        if self.micro_step is MicroStep.MORE_FOLLOW:
+            self._fetch()
+        else:
+            self._drop_fetched()
+        for station in self.stations:
+            station.awaited = 0
+            reduced = station.reduced
+            if self.micro_step is MicroStep.LAST and reduced is not None and reduced.gradient is Gradient.SHARDED:
+                self.reducer.sync(reduced)
+        self._passes += 1
+        self.phase = Phase.REST
+
+    def _give_up_backward(self) -> None:
+        """A backward raised, and its caller went on: leave what it had taken."""
+        self._finished.clear()
+        for station in self._taken:
+            station.clear()
+            self.gatherer.leave(station.gathered, keep=False)
+        self._taken.clear()
+        for station in self.stations:
+            station.awaited = 0
+        self._order.restart()
+        self._passes += 1
+        self.phase = Phase.REST
+
+    def _let_finished_leave(self) -> None:
+        for station in self._finished:
+            if station in self._taken:
+                self._taken.remove(station)
+                keep = self.micro_step is MicroStep.MORE_FOLLOW and self._is_next(station)
+                self.gatherer.leave(station.gathered, keep=keep)
+        self._finished.clear()
+
+    # ---- what is known in advance
+
+    def _upcoming(self) -> Iterator[Gathered]:
+        again = self.micro_step is MicroStep.MORE_FOLLOW
+        return (self.stations[use.unit].gathered for use in self._order.upcoming(again=again))
+
+    def _fetch(self) -> None:
+        self.gatherer.fetch(self._upcoming())
+
+    def _is_next(self, station: Station) -> bool:
+        """Whether this unit is the next one to be used, apart from those in use now."""
+        for gathered in self._upcoming():
+            if gathered is station.gathered:
+                return True
+            if not gathered.users:
+                return False
+        return False
+
+    def _drop_fetched(self) -> None:
+        for station in self.stations:
+            self.gatherer.release(station.gathered)
+
+    # ---- what tells of backwards
+
+    def _watch_outputs(self, station: Station, outputs: Any, whole: list[Sequence[torch.Tensor]]) -> None:
+        """Before the backward of the first of these outputs, gather the unit."""
+        seen = -1  # the number of the last backward that came by; one graph may be used by several
+
+        def hook(_: torch.Tensor) -> None:
+            nonlocal seen
+            if seen != self._passes:
+                seen = self._passes
+                self.before_backward(station, whole)
+
+        found = False
+        for tensor in trees.tensors(outputs):
+            found = True
+            if tensor.requires_grad:
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        if not found and station.reduced is not None:
+            raise LifecycleError(
+                f"{station.gathered.unit}: forward returned a {type(outputs).__name__} in which no tensor can be found, "
+                "so its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
+            )
+
+    def _watch_inputs(self, station: Station, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+        """A unit without trained parameters is finished when the gradients of its inputs are there."""
+        watched = [tensor for tensor in trees.tensors(inputs) if tensor.requires_grad]
+        if not watched:
+            return inputs
+        passed = dict(zip(map(id, watched), entrance(station.finish, *watched), strict=True))
+        changed: tuple[Any, Any] = trees.convert(inputs, lambda tensor: passed.get(id(tensor), tensor))
+        return changed

@@ -1,0 +1,193 @@
+"""AdamW on the shards: one launch for a unit, which updates its state, rounds the new weights and starts their refresh.
+
+`torch.optim` optimizers work, too (runtime.py lets them know when); this one reads and writes every byte once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from mics_core import registry
+from mics_core.errors import ConfigError
+from mics_core.reduce import Reduced
+from mics_kernels import Segments, adamw
+
+
+@dataclass
+class _State:
+    """The optimizer's state of one unit."""
+
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    steps: list[int]  # of each parameter: one that took no part in a step was not updated
+    groups: list[dict[str, Any] | None]  # the parameter group that each is in
+    runs: dict[object, list[_Run]] = field(default_factory=dict)  # for the present circumstances only
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring parameters that one launch updates."""
+
+    members: list[int]
+    groups: list[dict[str, Any]]
+    span: slice
+    segments: Segments | None  # one for each, where they are not all in one group
+    tensors: dict[tuple[float, ...], torch.Tensor] = field(default_factory=dict)
+
+    def each(self, name: str) -> float | torch.Tensor:
+        """A number of the parameter groups: one for all, or one for each segment."""
+        numbers = tuple([group[name] for group in self.groups])
+        if self.segments is None or len(set(numbers)) == 1:
+            return float(numbers[0])
+        if numbers not in self.tensors:
+            if len(self.tensors) > 8:
+                self.tensors.clear()  # learning rates that differ and change
+            device = self.segments.rows.device
+            column = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
+            self.tensors[numbers] = column.to(device, non_blocking=True)
+        return self.tensors[numbers]
+
+
+class AdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` for the parameters of a sharded model, with the same arguments and the same results.
+
+    Parameters that had no gradient on any rank since the last step are left alone, as in torch. Do not keep the values
+    of `p.grad` beyond a step: the memory is used again.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        owners = registry.owners(parameter for group in self.param_groups for parameter in group["params"])
+        if len(owners) != 1:
+            raise ConfigError(
+                f"AdamW: its parameters belong to {len(owners)} sharded models, expected one: call mics.shard first "
+                "and pass model.parameters()"
+            )
+        self._runtime = owners[0]
+        group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        self._states: list[tuple[Reduced, _State]] = []
+        for reduced in self._runtime.reducer.all:
+            master = reduced.shards.master
+            groups = [group_of.get(id(parameter)) for parameter in reduced.shards.parameters]
+            if any(group is not None for group in groups):
+                if master.dtype != torch.float32:
+                    raise ConfigError(
+                        f"AdamW: the master weights of {reduced.unit} are {master.dtype}, expected float32: use "
+                        "torch.optim.AdamW for them"
+                    )
+                state = _State(torch.zeros_like(master), torch.zeros_like(master), [0] * len(groups), groups)
+                self._states.append((reduced, state))
+        self._runtime.adopt([reduced for reduced, _ in self._states])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights with the gradients of the backwards since the last step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        runtime = self._runtime
+        present = runtime.settle("step")
+        clip, skip = runtime.pending(present)
+        for reduced, state in self._states:
+            if any(reduced is other for other in present):
+                self._update(reduced, state, clip, skip)
+                runtime.refresh(reduced)
+        runtime.stepped(present)
+        return loss
+
+    def _update(self, reduced: Reduced, state: _State, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
+        shards = reduced.shards
+        weights = None if shards.master is shards.refreshed else shards.refreshed
+        for run in self._runs(reduced, state):
+            for member in run.members:
+                state.steps[member] += 1
+            span = run.span
+            adamw(
+                shards.master[span],
+                state.exp_avg[span],
+                state.exp_avg_sq[span],
+                shards.synced[span],
+                None if weights is None else weights[span],
+                lr=run.each("lr"),
+                step=state.steps[run.members[0]],
+                betas=run.groups[0]["betas"],
+                eps=run.groups[0]["eps"],
+                weight_decay=run.each("weight_decay"),
+                segments=run.segments,
+                clip=clip,
+                skip=skip,
+            )
+            element = 16 + 12 + (0 if weights is None else weights.itemsize)  # master, moments, gradient; all but it
+            self._runtime.tally.moved("adamw", (span.stop - span.start) * element)
+
+    def _runs(self, reduced: Reduced, state: _State) -> list[_Run]:
+        """The launches for this unit: one, unless its parameters differ in step, betas or epsilon."""
+        first = state.steps[0]
+        circumstances = (tuple(reduced.used), tuple([step - first for step in state.steps]))
+        if circumstances not in state.runs:
+            state.runs = {circumstances: list(_cut(reduced, state))}
+        return state.runs[circumstances]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of this rank's slices."""
+        for reduced, state in self._states:
+            for index, (begin, end) in enumerate(reduced.shards.parts):
+                if state.groups[index] is not None and state.steps[index]:
+                    self.state[reduced.shards.parameters[index]] = {
+                        "step": torch.tensor(float(state.steps[index])),
+                        "exp_avg": state.exp_avg[begin:end],
+                        "exp_avg_sq": state.exp_avg_sq[begin:end],
+                    }
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take in what `state_dict` gave on the same rank of the same sharding."""
+        super().load_state_dict(state_dict)
+        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        for reduced, state in self._states:
+            state.groups = [groups.get(id(parameter)) for parameter in reduced.shards.parameters]
+            state.runs = {}
+            for index, (begin, end) in enumerate(reduced.shards.parts):
+                loaded = self.state.get(reduced.shards.parameters[index])
+                if loaded:
+                    state.steps[index] = int(loaded["step"])
+                    state.exp_avg[begin:end] = loaded["exp_avg"]
+                    state.exp_avg_sq[begin:end] = loaded["exp_avg_sq"]
+
+
+def _cut(reduced: Reduced, state: _State) -> Iterator[_Run]:
+    """Join neighbours that took part, as far as a launch can take them together."""
+    parts = reduced.shards.parts
+
+    def circumstances(index: int) -> tuple[object, ...] | None:
+        group = state.groups[index]
+        if not reduced.used[index] or group is None:
+            return None
+        return state.steps[index], group["betas"], group["eps"]
+
+    for common, neighbours in groupby(range(len(parts)), key=circumstances):
+        if common is not None:
+            members = list(neighbours)
+            begin, end = parts[members[0]][0], parts[members[-1]][1]
+            groups = [group for index in members if (group := state.groups[index]) is not None]
+            segments = None
+            if any(group is not groups[0] for group in groups):
+                sizes = [parts[index][1] - parts[index][0] for index in members]
+                offsets = [parts[index][0] - begin for index in members]
+                segments = Segments.build(offsets, sizes, reduced.shards.master.device)
+            if end > begin:
+                yield _Run(members, groups, slice(begin, end), segments)

@@ -1,0 +1,60 @@
+"""Where a unit's parameters are found by the code of its modules, and how whole views stand there for a while.
+
+`module.weight` looks into the module's own attributes before its parameters. So a whole view is set as an attribute for
+the time of a forward or backward, and the Parameter itself, this rank's slice, stays registered all the while: whoever
+lists parameters, at any time, sees the same objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics_core.shards import Shards
+
+
+class Places:
+    """The attributes under which the parameters of one flat buffer are used."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._attributes: list[tuple[dict[str, Any], str, int]] = []
+        self._lists: list[tuple[list[Any], int, int]] = []  # recurrent layers keep their weights in a list, too
+        self._parameters = shards.parameters
+        self.whole: Sequence[torch.Tensor] = ()
+        """What the modules see now, if not their Parameters."""
+        for index, member in enumerate(shards.members):
+            for site in member.sites:
+                self._attributes.append((site.module.__dict__, site.name, index))
+                if isinstance(site.module, nn.RNNBase):
+                    position = site.module._flat_weights_names.index(site.name)
+                    self._lists.append((site.module._flat_weights, position, index))
+
+    def set(self, views: Sequence[torch.Tensor]) -> None:
+        """Let the modules see these."""
+        self.whole = views
+        for attributes, name, index in self._attributes:
+            attributes[name] = views[index]
+        for weights, position, index in self._lists:
+            weights[position] = views[index]
+
+    def clear(self) -> None:
+        """Let the modules see their Parameters again."""
+        self.whole = ()
+        for attributes, name, _ in self._attributes:
+            attributes.pop(name, None)
+        for weights, position, index in self._lists:
+            weights[position] = self._parameters[index]
+
+    def own(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Make these the Parameters of the modules."""
+        for attributes, name, index in self._attributes:
+            attributes["_parameters"][name] = parameters[index]
+        for weights, position, index in self._lists:
+            weights[position] = parameters[index]
+
+    def register(self) -> None:
+        """Make this rank's slices the Parameters of the modules."""
+        self.own(self._parameters)

@@ -1,0 +1,253 @@
+"""What becomes of gradients: packed and summed after every backward (hop 1), over all ranks once a step (hop 2).
+
+NONE -> SHARDED      the first backward since the last step overwrites `sharded`, those after it add
+SHARDED -> SYNCED    hop 2: `synced` holds the mean over all ranks
+any -> NONE          the step has used it, or the user's zero_grad has dropped it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+
+from mics_core.comm import World
+from mics_core.errors import LifecycleError
+from mics_core.gather import named
+from mics_core.ladder import Ladder
+from mics_core.lanes import DONE, Lane, Ticket
+from mics_core.ledger import Tally
+from mics_core.sharding import Precision, Sharding
+from mics_core.shards import Shards
+from mics_core.units import Unit
+from mics_kernels import accumulate, pack
+
+
+class Gradient(Enum):
+    """How far a unit's gradient has come."""
+
+    NONE = "none"
+    SHARDED = "sharded"
+    SYNCED = "synced"
+
+
+class Reduced:
+    """The gradient of a unit's trained parameters."""
+
+    def __init__(self, unit: Unit, shards: Shards) -> None:
+        self.unit = unit
+        self.shards = shards
+        self.offsets = [slot.begin for slot in shards.layout.slots]
+        self.gradient = Gradient.NONE
+        self.used = [False] * len(self.offsets)  # which parameters took part since the last step
+        self.latest: Ticket = DONE  # the last work on `sharded`
+
+    def dropped(self) -> bool:
+        """Whether the user's zero_grad has thrown the gradient away."""
+        return self.gradient is not Gradient.NONE and self.shards.parameters[self.used.index(True)].grad is None
+
+    def use(self, index: int) -> None:
+        """This parameter takes part in the next step."""
+        parameter = self.shards.parameters[index]
+        if parameter.requires_grad:
+            self.used[index] = True
+            parameter.grad = self.shards.grads[index]
+
+    def hide(self) -> None:
+        """Let an optimizer find no gradient."""
+        for parameter in self.shards.parameters:
+            parameter.grad = None
+
+    def forget(self) -> None:
+        """Nothing has come since the last step."""
+        self.hide()
+        self.used = [False] * len(self.used)
+        self.gradient = Gradient.NONE
+
+
+class Reducer:
+    """Takes in gradients as backwards produce them, and makes their mean over all ranks."""
+
+    def __init__(
+        self,
+        everything: Sequence[Reduced],
+        world: World,
+        ladder: Ladder,
+        sharding: Sharding,
+        precision: Precision,
+        lanes: tuple[Lane, Lane],
+        tally: Tally,
+    ) -> None:
+        self.all = everything
+        self._world = world
+        self._ladder = ladder
+        self._degrees = sharding
+        self._lane, self._slow_lane = lanes
+        self._tally = tally
+        self._mean = 1 / world.size
+        # float16 overflows in a sum over many ranks, so there the division comes before; else it comes last, once.
+        self._early = precision.reduce == torch.float16
+        self._hop2 = sharding.grads < world.size
+        self._hop1_travels = sharding.grads > 1
+        self._staging = _Staging(max((r.shards.layout.size for r in everything), default=0), precision.reduce)
+        self._wire_dtype = precision.reduce
+        self._wire = torch.empty(0)
+        self._stepped = False
+        self.settled = False  # whether `_agree` has run since the last gradient came
+        self._some_idle: bool | None = None
+
+    def take(self, reduced: Reduced, grads: Sequence[torch.Tensor | None]) -> None:
+        """Hop 1: add a backward's gradients to `sharded`, summed over the ranks that share a copy of it."""
+        overwrite = self._open(reduced, grads)
+        shards = reduced.shards
+        present = [(grad, at) for grad, at in zip(grads, reduced.offsets, strict=True) if grad is not None]
+        tensors, offsets = [grad for grad, _ in present], [at for _, at in present]
+        early = self._mean if self._early else 1.0
+        late = self._mean if not self._hop2 and not self._early else 1.0
+        if overwrite and not self._hop1_travels:
+            reduced.latest.wait()
+            self._pack(tensors, shards.sharded, offsets, early)
+            return
+        buffer = self._staging.next(shards.layout.size, shards.sharded.device)
+        self._pack(tensors, buffer, offsets, early)
+
+        def climb() -> None:
+            parts = self._ladder.climb("hop 1", buffer, 1, self._degrees.grads)
+            self._tally.added(shards.sharded, parts, overwrite=overwrite)
+            accumulate(shards.sharded, parts, late, overwrite=overwrite)
+
+        if self._hop1_travels:
+            job = named("hop 1", reduced.unit, self._ladder, climb)
+            reduced.latest = self._lane.submit(job, after=[reduced.latest])
+            self._staging.busy_until(reduced.latest)
+        else:
+            reduced.latest.wait()
+            climb()
+
+    def sync(self, reduced: Reduced) -> None:
+        """Hop 2: from the sum over the ranks that share a copy to the mean over all."""
+        reduced.gradient = Gradient.SYNCED
+        if self._hop2:
+            job = named("hop 2", reduced.unit, self._ladder, lambda: self._climb_to_the_top(reduced.shards))
+            reduced.latest = self._slow_lane.submit(job, after=[reduced.latest])
+
+    def settle(self) -> list[Reduced]:
+        """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
+        present = [reduced for reduced in self.all if reduced.gradient is not Gradient.NONE and not reduced.dropped()]
+        for reduced in present:
+            if reduced.gradient is Gradient.SHARDED:
+                self.sync(reduced)
+        if not self.settled:
+            self._agree(present)
+            self.settled = True
+        for reduced in present:
+            reduced.latest.wait()
+        return present
+
+    def stepped(self) -> None:
+        """An optimizer has used the gradients: the next backward begins anew."""
+        self._stepped = True
+
+    def _agree(self, present: list[Reduced]) -> None:
+        """Find the parameters that took part on any rank, so that all ranks update the same ones.
+
+        In the first step, and from then on in every step if some took part nowhere: who has such a model pays for a
+        message of a byte per parameter. In other models a parameter that is missing on one rank counts as zero there.
+        """
+        if self._some_idle is not False:
+            flags = torch.tensor([used for reduced in self.all for used in reduced.used], dtype=torch.uint8)
+            self._world.any(flags)
+            self._some_idle = False
+            for reduced, mine in zip(self.all, torch.split(flags, [len(r.used) for r in self.all]), strict=True):
+                if reduced in present:
+                    self._use_all(reduced, mine.tolist())
+                    self._some_idle |= not mine.all()
+        else:
+            for reduced in present:
+                if not all(reduced.used):
+                    self._use_all(reduced, [1] * len(reduced.used))
+
+    def _use_all(self, reduced: Reduced, wanted: list[int]) -> None:
+        for index, (used, want) in enumerate(zip(reduced.used, wanted, strict=True)):
+            if want and not used:
+                reduced.use(index)
+
+    def _climb_to_the_top(self, shards: Shards) -> None:
+        ladder, size, world = self._ladder, shards.layout.size, self._ladder.rungs.degrees[-1]
+        low, optimizer = self._degrees.grads, self._degrees.optimizer
+        late = 1.0 if self._early else self._mean
+        wire = self._to_wire(shards.sharded)
+        parts = ladder.climb("hop 2", wire, low, world)
+        if optimizer == world:
+            self._tally.added(shards.synced, parts, overwrite=True)
+            accumulate(shards.synced, parts, late, overwrite=True)
+            return
+        begin, end = ladder.range(size, world, within=low)
+        mine = wire[begin:end]
+        self._tally.added(mine, parts, overwrite=True)
+        accumulate(mine, parts, late, overwrite=True)
+        begin, end = ladder.range(size, optimizer, within=low)
+        ladder.descend("sync", mine, wire[begin:end], world, optimizer)
+        if wire is not shards.sharded:
+            self._tally.added(shards.synced, [wire[begin:end]], overwrite=True)
+            accumulate(shards.synced, [wire[begin:end]], overwrite=True)
+
+    def _to_wire(self, sharded: torch.Tensor) -> torch.Tensor:
+        """The gradient in the dtype that travels: itself, or a copy that lasts until this lane's next job."""
+        if sharded.dtype == self._wire_dtype:
+            return sharded
+        if self._wire.numel() < sharded.numel():
+            self._wire = sharded.new_empty(sharded.numel(), dtype=self._wire_dtype)
+        wire = self._wire[: sharded.numel()]
+        self._pack([sharded], wire, [0], 1.0)
+        return wire
+
+    def _pack(self, tensors: list[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
+        self._tally.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
+        pack(tensors, out, offsets, scale)
+
+    def _open(self, reduced: Reduced, grads: Sequence[torch.Tensor | None]) -> bool:
+        """Mark which parameters have a gradient; return whether it is the first since the last step."""
+        if self._stepped:
+            self._stepped = False
+            for other in self.all:
+                other.forget()
+        if reduced.dropped():
+            reduced.forget()
+        first = reduced.gradient is Gradient.NONE
+        if reduced.gradient is Gradient.SYNCED:
+            raise LifecycleError(
+                f"backward: the gradient of {reduced.unit} was summed over all ranks already, so nothing can be added "
+                "to it: step or zero_grad first, and if one micro-batch takes several backwards, loop over the "
+                "micro-batches without mics.accumulate"
+            )
+        reduced.gradient = Gradient.SHARDED
+        self.settled = False
+        for index, grad in enumerate(grads):
+            if grad is not None and not reduced.used[index]:
+                reduced.use(index)
+        return first
+
+
+class _Staging:
+    """Two buffers in turn for gradients on their way: one is filled while the other travels."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self._size = size
+        self._dtype = dtype
+        self._buffers: list[torch.Tensor] = []
+        self._busy: list[Ticket] = [DONE, DONE]
+        self._turn = 0
+
+    def next(self, size: int, device: torch.device) -> torch.Tensor:
+        """A buffer that nothing travels from any more."""
+        if not self._buffers:
+            self._buffers = [torch.empty(self._size, dtype=self._dtype, device=device) for _ in range(2)]
+        self._turn = 1 - self._turn
+        self._busy[self._turn].wait()
+        return self._buffers[self._turn][:size]
+
+    def busy_until(self, ticket: Ticket) -> None:
+        """The buffer given last is in use until then."""
+        self._busy[self._turn] = ticket

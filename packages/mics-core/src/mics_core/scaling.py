@@ -1,0 +1,49 @@
+"""Dynamic loss scaling for float16, without the host ever looking at a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mics_core import trees
+from mics_core.sharding import LossScale
+
+
+class Scaling:
+    """The scale of the loss, and how it changes; all of it in device memory."""
+
+    def __init__(self, rule: LossScale, device: torch.device) -> None:
+        self._rule = rule
+        self.scale = torch.full((), rule.initial, device=device)
+        self._good = torch.zeros((), device=device)  # steps since the scale last changed
+
+    def enlarge(self, outputs: Any) -> Any:
+        """The model's outputs in float32, whose gradients enter the backward times the scale.
+
+        Scaling the gradient of what the model returns is scaling the loss, and the user's loop needs no word of it.
+        """
+        return trees.convert(outputs, self._enlarge)
+
+    def _enlarge(self, output: torch.Tensor) -> torch.Tensor:
+        if not output.is_floating_point():
+            return output
+        wide = output.float()
+        if wide is output and output.requires_grad:
+            wide = output.clone()  # a hook on the model's own tensor would scale what the model does with it, too
+        if wide.requires_grad:
+            wide.register_hook(self._times_scale)  # type: ignore[no-untyped-call]
+        return wide
+
+    def _times_scale(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad * self.scale
+
+    @torch.no_grad()
+    def update(self, overflow: torch.Tensor) -> None:
+        """After a step: halve the scale if a gradient was not finite, double it after enough good steps."""
+        bad = overflow > 0
+        self._good.add_(1).masked_fill_(bad, 0)
+        grow = self._good >= self._rule.patience
+        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        self.scale.mul_(factor).clamp_(1.0, self._rule.largest)
+        self._good.masked_fill_(grow, 0)

@@ -1,0 +1,131 @@
+"""What users ask for: into how many pieces each state is cut, and in which dtypes the work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from mics_core.errors import ConfigError
+
+WORLD = -1
+"""A degree that stands for all ranks, however many there will be."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Into how many pieces parameters, gradients and optimizer state are cut; each divides the next.
+
+    A state of degree d is held once by every d ranks. `WORLD` (-1) stands for all ranks.
+
+    >>> Sharding(params=8, grads=8, optimizer=64).resolve(128)
+    Sharding(params=8, grads=8, optimizer=64)
+    >>> Sharding.zero2().resolve(16)
+    Sharding(params=1, grads=16, optimizer=16)
+    """
+
+    params: int
+    grads: int
+    optimizer: int
+
+    @classmethod
+    def mics(cls, degree: int) -> Sharding:
+        """MiCS: every `degree` ranks hold one copy of everything."""
+        return cls(degree, degree, degree)
+
+    @classmethod
+    def ddp(cls) -> Sharding:
+        """Every rank holds everything."""
+        return cls(1, 1, 1)
+
+    @classmethod
+    def zero1(cls) -> Sharding:
+        """The optimizer's state is cut over all ranks."""
+        return cls(1, 1, WORLD)
+
+    @classmethod
+    def zero2(cls) -> Sharding:
+        """Gradients and the optimizer's state are cut over all ranks."""
+        return cls(1, WORLD, WORLD)
+
+    @classmethod
+    def zero3(cls) -> Sharding:
+        """Everything is cut over all ranks."""
+        return cls(WORLD, WORLD, WORLD)
+
+    def resolve(self, world: int) -> Sharding:
+        """The same with `WORLD` replaced, checked for a world of so many ranks."""
+        given = {"params": self.params, "grads": self.grads, "optimizer": self.optimizer}
+        for name, degree in given.items():
+            if not isinstance(degree, int) or (degree < 1 and degree != WORLD):
+                raise ConfigError(f"Sharding: {name} is {degree!r}, expected a count of pieces, or -1 for all ranks")
+        degrees = {name: world if degree == WORLD else degree for name, degree in given.items()}
+        chain = [*degrees.items(), ("the number of ranks", world)]
+        for (name, degree), (above, multiple) in pairwise(chain):
+            if multiple % degree:
+                raise ConfigError(
+                    f"Sharding: {name} is {degree}, which does not divide {above}, {multiple}: choose degrees with "
+                    f"params | grads | optimizer | {world}"
+                )
+        return Sharding(**degrees)
+
+    def __str__(self) -> str:
+        return f"(params={self.params}, grads={self.grads}, optimizer={self.optimizer})"
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """How fp16 keeps small gradients: the loss is scaled up, as far as gradients stay finite.
+
+    After a step with a gradient that is not finite nothing is updated and the scale is halved; after `patience` good
+    steps in a row it is doubled.
+    """
+
+    initial: float = 65536.0
+    patience: int = 2000
+    largest: float = 2.0**24
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of the work.
+
+    compute: the gathered parameters, and so the activations. Inputs of the model are converted to it.
+    reduce: gradients on their way between ranks.
+    master: the weights that the optimizer updates, the gradients that micro-steps add to, the optimizer's state.
+    """
+
+    compute: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+    master: torch.dtype = torch.float32
+    loss_scale: LossScale | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "reduce", "master"):
+            dtype = getattr(self, name)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+                raise ConfigError(f"Precision: {name} is {dtype}, expected float64, float32, bfloat16 or float16")
+        if self.master.itemsize < max(4, self.compute.itemsize):
+            raise ConfigError(
+                f"Precision: master is {self.master}, expected float32 or float64 and no narrower than compute, "
+                f"{self.compute}: small updates would be lost in it"
+            )
+
+    @classmethod
+    def fp32(cls) -> Precision:
+        """float32 throughout."""
+        return cls()
+
+    @classmethod
+    def bf16(cls, reduce: torch.dtype = torch.bfloat16) -> Precision:
+        """Compute in bfloat16; keep, add and update in float32."""
+        return cls(torch.bfloat16, reduce)
+
+    @classmethod
+    def fp16(cls, reduce: torch.dtype = torch.float32, loss_scale: LossScale | None = None) -> Precision:
+        """Compute in float16 with a dynamic loss scale; keep, add and update in float32.
+
+        Gradients travel in float32 unless you choose otherwise: the sum over many ranks leaves float16's range.
+        """
+        return cls(torch.float16, reduce, torch.float32, loss_scale or LossScale())

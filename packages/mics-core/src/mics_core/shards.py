@@ -1,0 +1,107 @@
+"""The memory of one unit's parameters on one rank: what rests here, and what comes and goes.
+
+    flat      [N]      compute dtype   the whole unit; its memory exists only while it is gathered, unless P = 1
+    shard     [N / P]  compute dtype   my piece of it, what gathers start from
+    master    [N / O]  master dtype    what the optimizer updates; part of `shard` where the dtypes agree
+    sharded   [N / G]  master dtype    gradients summed over the G ranks below and over the micro-steps so far
+    synced    [N / O]  master dtype    the part of `sharded` that the optimizer reads, once it is summed over all ranks
+
+Frozen parameters have a `flat` and a `shard` of their own, and nothing else: they are slices of that `shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mics_core.ladder import Ladder
+from mics_core.layout import Layout
+from mics_core.sharding import Precision, Sharding
+from mics_core.units import Member
+
+
+class Shards:
+    """The buffers of a unit's trained or frozen parameters, and the parameters as users see them."""
+
+    def __init__(
+        self, members: Sequence[Member], sharding: Sharding, precision: Precision, ladder: Ladder, device: torch.device
+    ) -> None:
+        self.members = members
+        self.trained = members[0].parameter.requires_grad
+        self.layout = layout = Layout.plan([(m.name, m.parameter.shape) for m in members], ladder.rungs.degrees[-1])
+        self.degrees = sharding
+        size, p = layout.size, sharding.params
+        o = sharding.optimizer if self.trained else p
+        # Zeros, because the padding between parameters takes part in norms, updates and comparisons.
+        self.flat = torch.zeros(size, dtype=precision.compute, device=device)
+        self._storage = self.flat.untyped_storage()
+        self._bytes = self._storage.nbytes()
+        # Writes through `incoming` leave the version of `flat` alone: autograd would take a gather for a change of
+        # what it saved, and we could not tell a change by the user from our own.
+        self.incoming = self.flat.data
+        self.views = [self.flat[slot.begin : slot.end].view(slot.shape) for slot in layout.slots]
+        self.shard = self.incoming if p == 1 else self.incoming.new_zeros(size // p)
+        begin, end = ladder.range(size, o, within=p)
+        self.refreshed = self.shard[begin:end]
+        """The part of `shard` that this rank's master becomes."""
+        shared = not self.trained or precision.master == precision.compute
+        self.master = self.refreshed if shared else torch.zeros(end - begin, dtype=precision.master, device=device)
+        self._shard_at, self._master_at = ladder.range(size, p)[0], ladder.range(size, o)[0]
+        self.parts = layout.within(self._master_at, self._master_at + len(self.master))
+        """What of each parameter lies in `master`."""
+        self.parameters = [self._parameter(index, member.parameter) for index, member in enumerate(members)]
+        if self.trained:
+            self.sharded = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
+            begin, end = ladder.range(size, o, within=sharding.grads)
+            self.synced = self.sharded[begin:end]
+            self.grads = [self.synced[begin:end] for begin, end in self.parts]
+        self._untouched = self.flat._version
+        self.release()
+
+    @property
+    def rests(self) -> bool:
+        """Whether the whole unit stays in memory."""
+        return self.degrees.params == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole unit, gathered."""
+        return self._bytes
+
+    def allocate(self) -> None:
+        """Give `flat` its memory, with nothing in it."""
+        if not self.rests:
+            self._storage.resize_(self._bytes)
+
+    def release(self) -> None:
+        """Take the memory of `flat` away; views of it, also those that autograd saved, stay valid for the next time."""
+        if not self.rests:
+            self._storage.resize_(0)
+
+    def changed(self) -> bool:
+        """Whether someone wrote into the gathered parameters since the last question; that would be lost."""
+        version = self.flat._version
+        changed, self._untouched = version != self._untouched, version
+        return changed
+
+    def fill(self, values: Sequence[torch.Tensor]) -> None:
+        """Set `master` and `shard` from whole parameters, in the order of the members."""
+        for buffer, first in ((self.master, self._master_at), (self.shard, self._shard_at)):
+            for slot, value, (begin, end) in zip(
+                self.layout.slots, values, self.layout.within(first, first + buffer.numel()), strict=True
+            ):
+                skipped = max(0, first - slot.begin)
+                buffer[begin:end].copy_(value.reshape(-1)[skipped : skipped + end - begin])
+
+    def refresh(self) -> None:
+        """Round `master` into my part of `shard`."""
+        if self.master is not self.refreshed:
+            self.refreshed.copy_(self.master)
+
+    def _parameter(self, index: int, old: nn.Parameter) -> nn.Parameter:
+        begin, end = self.parts[index]
+        new = nn.Parameter(self.master[begin:end], requires_grad=self.trained)
+        new.__dict__.update(old.__dict__)  # marks that users put on their parameters
+        return new

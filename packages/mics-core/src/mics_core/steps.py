@@ -1,0 +1,69 @@
+"""What a `torch.optim` optimizer needs around its step: gradients before it, new weights brought to the shards after.
+
+One hook before and one after the step of any optimizer, through torch's public registration; an optimizer that holds no
+sharded parameter passes through.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from mics_core import registry
+from mics_core.errors import ConfigError, LifecycleError
+from mics_core.optimizer import AdamW
+from mics_core.runtime import Runtime
+
+NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
+"""Of torch.optim: these look at whole tensors, and a slice of a matrix is no matrix."""
+
+_strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers of other models
+
+
+def watch_optimizers() -> None:
+    """Register the two hooks, once."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for runtime in _runtimes(optimizer):
+        if type(optimizer).__name__ in NOT_ELEMENTWISE:
+            raise ConfigError(
+                f"step: {type(optimizer).__name__} looks at whole tensors, and this rank holds 1-D slices of them: use "
+                "an optimizer that works element by element, such as mics.AdamW"
+            )
+        if args or kwargs.get("closure") is not None:
+            raise ConfigError("step: got a closure, which would make gradients too late: run it before step()")
+        present = runtime.settle("step")
+        if not runtime.unscale(present):
+            for reduced in present:
+                reduced.hide()
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+    with torch.no_grad():
+        for runtime in _runtimes(optimizer):
+            present = runtime.settle("step")
+            for reduced in present:
+                reduced.shards.refresh()
+                runtime.refresh(reduced)
+            runtime.stepped(present)
+
+
+def _runtimes(optimizer: Optimizer) -> list[Runtime]:
+    if isinstance(optimizer, AdamW) or optimizer in _strangers:
+        return []
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = registry.owners(parameters)
+    if not found:
+        if registry.replaced(parameters):
+            raise LifecycleError(
+                f"step: this {type(optimizer).__name__} holds parameters that mics.shard has replaced: make the "
+                "optimizer after mics.shard"
+            )
+        _strangers.add(optimizer)
+    return found

@@ -1,0 +1,100 @@
+"""Where ranks are, which rungs a sharding has, and which piece of a state a rank holds. Integers only.
+
+A rank is written in mixed radix over the rungs, the lowest rung first: with 2 ranks a node and the rungs 1, 2, 4, 8,
+rank 6 is on local 0 of node 3 and has the digits (0, 1, 1). Ranks whose digits differ in one place only share a process
+group there. A piece's number at a degree reads the same digits with the lowest rung *most* significant, so that going
+down a rung, the pieces of a group lie side by side in the order of its ranks: every gather ends in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from mics_core.errors import ConfigError
+from mics_core.sharding import Sharding
+
+
+class Link(Enum):
+    """What a step between neighbouring rungs crosses."""
+
+    NODE = "inside nodes"
+    NET = "between nodes"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many ranks on nodes of so many, numbered node by node."""
+
+    world: int
+    ranks_per_node: int
+
+    def __post_init__(self) -> None:
+        if self.ranks_per_node < 1 or self.world < 1 or (self.world % min(self.ranks_per_node, self.world)):
+            raise ConfigError(
+                f"ranks_per_node is {self.ranks_per_node}, expected a divisor of the {self.world} ranks: use whole "
+                "nodes of one size"
+            )
+
+    def node(self, rank: int) -> int:
+        """The node that a rank is on."""
+        return rank // self.ranks_per_node
+
+    def local(self, rank: int) -> int:
+        """A rank's number on its node."""
+        return rank % self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """The degrees of a ladder, from 1 to the number of ranks, each dividing the next; a node is one of them."""
+
+    degrees: tuple[int, ...]
+    topology: Topology
+
+    @classmethod
+    def of(cls, sharding: Sharding, topology: Topology) -> Rungs:
+        """The rungs that a resolved sharding needs."""
+        node = min(topology.ranks_per_node, topology.world)
+        for name in ("params", "grads", "optimizer"):
+            degree = getattr(sharding, name)
+            if degree % node and node % degree:
+                raise ConfigError(
+                    f"Sharding: {name} is {degree}, which neither divides nor is a multiple of the {node} ranks of a "
+                    "node: a copy must fill whole nodes or share one evenly"
+                )
+        wanted = {1, node, sharding.params, sharding.grads, sharding.optimizer, topology.world}
+        return cls(tuple(sorted(wanted)), topology)
+
+    def steps(self, low: int, high: int) -> range:
+        """The numbers of the steps between two degrees, upwards; step i leads from degrees[i] to degrees[i + 1]."""
+        return range(self.degrees.index(low), self.degrees.index(high))
+
+    def digits(self, rank: int) -> tuple[int, ...]:
+        """The rank in mixed radix, one digit a step."""
+        return tuple(rank // low % (high // low) for low, high in zip(self.degrees, self.degrees[1:], strict=False))
+
+    def piece(self, rank: int, degree: int) -> int:
+        """The number of the piece that a rank holds of a state cut into `degree` pieces."""
+        number = 0
+        for step, digit in zip(self.steps(1, degree), self.digits(rank), strict=False):
+            number = number * (self.degrees[step + 1] // self.degrees[step]) + digit
+        return number
+
+    def peers(self, rank: int, step: int) -> tuple[int, ...]:
+        """The ranks that a rank meets in a step, in the order of their pieces."""
+        low, high = self.degrees[step], self.degrees[step + 1]
+        first = rank - self.digits(rank)[step] * low
+        return tuple(range(first, first + high, low))
+
+    def replicating(self, rank: int, degree: int) -> tuple[int, ...]:
+        """The replication group: the ranks that hold the same piece of a state cut into `degree` pieces."""
+        return tuple(range(rank % degree, self.topology.world, degree))
+
+    def link(self, step: int) -> Link:
+        """What a step crosses: a rung is at a node or on one side of it, so never both."""
+        return Link.NODE if self.degrees[step + 1] <= self.topology.ranks_per_node else Link.NET
+
+    def name(self, step: int) -> str:
+        """What a step is called in messages and tables."""
+        return f"{self.degrees[step]}-{self.degrees[step + 1]} {self.link(step).value}"

@@ -1,0 +1,128 @@
+"""What a training loop calls besides forward, backward and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mics_core import registry
+from mics_core.fingerprint import fingerprint
+from mics_core.ledger import Ledger
+from mics_core.lifecycle import MicroStep
+from mics_core.places import Places
+from mics_core.runtime import Runtime
+from mics_core.shards import Shards
+
+Batch = TypeVar("Batch")
+
+
+def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The micro-batches of one optimizer step, the last one marked: its backward sends gradients between replicas.
+
+    So the slow links work while the backward computes. All ranks must bring equally many. Without it a loop is right,
+    too; gradients then travel at the clip or step.
+
+    >>> for batch in accumulate(model, micro_batches):                            # doctest: +SKIP
+    ...     (model(**batch) / len(micro_batches)).backward()
+    """
+    runtime = registry.runtime_of(model, "accumulate")
+    conductor = runtime.conductor
+    batches = iter(micro_batches)
+    try:
+        batch = next(batches, _END)
+        while batch is not _END:
+            following = next(batches, _END)
+            last = following is _END
+            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, runtime.world.ask(int(last)))
+            yield batch  # type: ignore[misc]
+            batch = following
+    finally:
+        conductor.mark(MicroStep.UNMARKED, None)
+
+
+_END = object()
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Shrink all gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before.
+
+    Every element counts once, however it is sharded. The norm stays on the device: reading it makes the host wait. With
+    mics.AdamW gradients are multiplied as the step reads them, and `p.grad` still shows them unclipped.
+    """
+    return registry.runtime_of(model, "clip_grad_norm_").clip(float(max_norm))
+
+
+def ledger(model: nn.Module) -> Ledger:
+    """What this rank has sent and moved in memory since the last `reset()`, and what the formula expects of a step."""
+    runtime = registry.runtime_of(model, "ledger")
+    runtime.wait()
+    return Ledger(runtime.tally, runtime.formula)
+
+
+@contextmanager
+def full_params(model: nn.Module) -> Iterator[None]:
+    """Inside, every parameter is whole, in the master dtype; what is changed there is kept, cut again at the end.
+
+    All ranks must enter, and change alike. Every rank holds the whole model meanwhile.
+    """
+    runtime = registry.runtime_of(model, "full_params")
+    runtime.rest("full_params")
+    runtime.wait()
+    whole: list[tuple[Shards, Places, list[nn.Parameter]]] = []
+    with torch.no_grad():
+        for station in runtime.conductor.stations:
+            runtime.conductor.gatherer.release(station.gathered)
+            for part, places in station.places:
+                flat = _gather_master(runtime, part)
+                parameters = [
+                    nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.trained)
+                    for slot in part.layout.slots
+                ]
+                places.own(parameters)
+                whole.append((part, places, parameters))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, places, parameters in whole:
+                part.fill(parameters)
+                places.register()
+
+
+def _gather_master(runtime: Runtime, part: Shards) -> torch.Tensor:
+    """The master weights of all ranks side by side."""
+    degree = runtime.sharding.optimizer if part.trained else runtime.sharding.params
+    flat = part.master.new_empty(part.layout.size)
+    flat[slice(*runtime.ladder.range(part.layout.size, degree))] = part.master
+    runtime.ladder.descend("full", part.master, flat, degree, 1)
+    return flat
+
+
+@torch.no_grad()
+def check_replicas(model: nn.Module) -> None:
+    """Raise on every rank if ranks that should hold the same bits of the weights do not."""
+    runtime = registry.runtime_of(model, "check_replicas")
+    runtime.rest("check_replicas")
+    runtime.wait()
+    trouble: list[str] = []
+    for station in runtime.conductor.stations:
+        for part in station.gathered.shards:
+            states = [("shard", part.shard, runtime.sharding.params)]
+            if part.trained:
+                states.append(("master", part.master, runtime.sharding.optimizer))
+            for name, state, degree in states:
+                rows = runtime.ladder.compare(fingerprint(state), degree).tolist()
+                ranks = runtime.ladder.rungs.replicating(runtime.world.rank, degree)
+                odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
+                if odd:
+                    trouble.append(f"the {name} of {station.gathered.unit} on ranks {odd} and on rank {ranks[0]}")
+    found = sorted({line for lines in runtime.world.tell(trouble) for line in lines})
+    if found:
+        raise RuntimeError(
+            f"check_replicas: {'; '.join(found)} differ, expected the same bits: a rank's memory or arithmetic is at "
+            "fault, or parameters were changed on some ranks only; go back to the last checkpoint"
+        )
