@@ -117,17 +117,18 @@ class World:
         return _HostGroup(seat, _subgroup(ranks, name, "gloo"))
 
 
-_subgroups: dict[tuple[object, ...], ProcessGroup] = {}
+_subgroups: dict[tuple[tuple[int, ...], str], ProcessGroup] = {}
+_parent: ProcessGroup | None = None  # of all of `_subgroups`
 
 
 def _subgroup(ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
     """A process group for one purpose. Models that are cut alike share it: a group costs sockets or GPU memory."""
-    whole = id(dist.group.WORLD)
-    key = (whole, ranks, name)
-    if key not in _subgroups:
-        for stale in [k for k in _subgroups if k[0] != whole]:
-            del _subgroups[stale]  # their world was destroyed
-        _subgroups[key] = dist.new_group(
+    global _parent
+    if dist.group.WORLD is not _parent:
+        _subgroups.clear()  # their world was destroyed
+        _parent = dist.group.WORLD
+    if (ranks, name) not in _subgroups:
+        _subgroups[ranks, name] = dist.new_group(
             list(ranks),
             timeout=_timeout,
             backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
@@ -135,7 +136,7 @@ def _subgroup(ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
             sort_ranks=False,
             group_desc=f"mics {name}",
         )
-    return _subgroups[key]
+    return _subgroups[ranks, name]
 
 
 def node_name() -> str:

@@ -17,7 +17,6 @@ from mics_core.ladder import Ladder
 from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.sharding import Sharding
 from mics_core.shards import Shards
-from mics_core.units import Unit
 
 
 class Residence(Enum):
@@ -31,7 +30,7 @@ class Residence(Enum):
 class Gathered:
     """A unit, and whether it is whole."""
 
-    def __init__(self, unit: Unit, shards: list[Shards]) -> None:
+    def __init__(self, unit: str, shards: list[Shards]) -> None:
         self.unit = unit
         self.shards = shards
         self.bytes = sum(part.nbytes for part in shards)
@@ -51,6 +50,7 @@ class Gatherer:
         self._lane = lane
         self._slow_lane = slow_lane
         self.budget = budget
+        self.travels = sharding.params > 1  # else whole units are at home
         self.ahead = 0  # bytes of units that are not AWAY although nobody uses them
         self.bytes = 0  # bytes of all gathered units, beyond what rests here
         self.peak = 0
@@ -135,7 +135,7 @@ class Gatherer:
         self.peak = max(self.peak, self.bytes)
 
 
-def named(action: str, unit: Unit, ladder: Ladder, job: Callable[[], None]) -> Callable[[], None]:
+def named(action: str, unit: str, ladder: Ladder, job: Callable[[], None]) -> Callable[[], None]:
     """The job, whose errors say what it was for."""
 
     def run() -> None:

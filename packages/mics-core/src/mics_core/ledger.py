@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -91,6 +92,37 @@ class Formula:
             self._add(traffic, "sync", unit.trained, o, world, reduce, 1 if g < world else 0)
             self._add(traffic, "refresh", unit.trained, p, o, self.precision.compute, 1)
         return {key: value for key, value in traffic.items() if value.calls}
+
+    def at_rest(self) -> dict[str, int]:
+        """Bytes that one rank holds between steps, with the state of mics.AdamW."""
+        compute, master = self.precision.compute, self.precision.master
+        p, g, o = self.sharding.params, self.sharding.grads, self.sharding.optimizer
+        trained = sum(unit.trained for unit in (self.root, *self.units))
+        frozen = sum(unit.frozen for unit in (self.root, *self.units))
+        return {
+            "shard": (trained + frozen) // p * compute.itemsize,
+            "master": 0 if master == compute else trained // o * master.itemsize,
+            "sharded": trained // g * master.itemsize,
+            "optimizer": 2 * trained // o * 4,
+        }
+
+    def working(self) -> dict[str, int]:
+        """Bytes that one rank keeps for gradients on their way, once there were several micro-steps.
+
+        What arrives is summed out of place on CPUs only: NCCL does that itself.
+        """
+        reduce = self.precision.reduce.itemsize
+        g, world = self.sharding.grads, self.rungs.degrees[-1]
+        largest = max(unit.trained for unit in (self.root, *self.units))
+        travels = self.precision.reduce != self.precision.master and g < world
+        return {
+            "staging": 2 * largest * reduce,
+            "wire": largest // g * reduce if travels else 0,
+            "received": sum(
+                (above // below - 1) * (largest // above) * reduce
+                for below, above in pairwise(self.rungs.degrees)
+            ),
+        }
 
     def _gathers(self, micro_steps: int, *, marked: bool) -> Iterable[tuple[UnitSize, int]]:
         """How often each unit is gathered: for forward and backward, unless it is kept because it comes next.

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 
 from mics_core import trees
 from mics_core.autograd import entrance, whole
@@ -46,8 +47,9 @@ class MicroStep(Enum):
 class Station:
     """A unit under the conductor: its memory, its gradient, and the places where its modules look for parameters."""
 
-    def __init__(self, number: int, gathered: Gathered, reduced: Reduced | None) -> None:
+    def __init__(self, number: int, module: nn.Module, gathered: Gathered, reduced: Reduced | None) -> None:
         self.number = number
+        self.module = module
         self.gathered = gathered
         self.reduced = reduced
         self.places = [(part, Places(part)) for part in gathered.shards]
@@ -83,7 +85,7 @@ class Conductor:
         self.micro_step = MicroStep.UNMARKED
         self.scaling = scaling
         self._compute = compute
-        names = [str(station.gathered.unit) for station in stations]
+        names = [station.gathered.unit for station in stations]
         self._orders = {differentiated: Order(names) for differentiated in (True, False)}
         self._order = self._orders[True]
         self._question: Answers | None = None
@@ -268,7 +270,8 @@ class Conductor:
         return (self.stations[use.unit].gathered for use in self._order.upcoming(again=again))
 
     def _fetch(self) -> None:
-        self.gatherer.fetch(self._upcoming())
+        if self.gatherer.travels:
+            self.gatherer.fetch(self._upcoming())
 
     def _is_next(self, station: Station) -> bool:
         """Whether this unit is the next one to be used, apart from those in use now."""
@@ -302,7 +305,7 @@ class Conductor:
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         if not found and station.reduced is not None:
             raise LifecycleError(
-                f"{station.gathered.unit}: forward returned a {type(outputs).__name__} in which no tensor can be found, "
+                f"{station.gathered.unit}: forward returned {type(outputs).__name__}, in which no tensor can be found, "
                 "so its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
             )
 

@@ -25,8 +25,8 @@ class Places:
         self._parameters = shards.parameters
         self.whole: Sequence[torch.Tensor] = ()
         """What the modules see now, if not their Parameters."""
-        for index, member in enumerate(shards.members):
-            for site in member.sites:
+        for index, sites in enumerate(shards.sites):
+            for site in sites:
                 self._attributes.append((site.module.__dict__, site.name, index))
                 if isinstance(site.module, nn.RNNBase):
                     position = site.module._flat_weights_names.index(site.name)

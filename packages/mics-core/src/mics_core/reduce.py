@@ -20,7 +20,6 @@ from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Precision, Sharding
 from mics_core.shards import Shards
-from mics_core.units import Unit
 from mics_kernels import accumulate, pack
 
 
@@ -35,7 +34,7 @@ class Gradient(Enum):
 class Reduced:
     """The gradient of a unit's trained parameters."""
 
-    def __init__(self, unit: Unit, shards: Shards) -> None:
+    def __init__(self, unit: str, shards: Shards) -> None:
         self.unit = unit
         self.shards = shards
         self.offsets = [slot.begin for slot in shards.layout.slots]

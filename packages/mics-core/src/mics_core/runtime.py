@@ -63,7 +63,8 @@ def shard(
     tally = Tally()
     ladder = Ladder(rungs, world, tally)
     cutter = _Cutter(model, sharding, precision, ladder, world)
-    stations = [cutter.station(number, unit) for number, unit in enumerate(found)]
+    # Popped one by one: a unit's whole parameters are freed as soon as it is cut.
+    stations = [cutter.station(number, found.pop(0)) for number in range(len(found))]
     cutter.bring_buffers()
 
     reducer = Reducer(
@@ -114,8 +115,8 @@ class _Cutter:
                 Places(part).register()
                 parts.append(part)
                 self.replaced += [weakref.ref(member.parameter) for member in members]
-        reduced = next((Reduced(unit, part) for part in parts if part.trained), None)
-        return Station(number, Gathered(unit, parts), reduced)
+        reduced = next((Reduced(str(unit), part) for part in parts if part.trained), None)
+        return Station(number, unit.module, Gathered(str(unit), parts), reduced)
 
     def bring_buffers(self) -> None:
         """Buffers stay whole on every rank: on the device, and rank 0's values everywhere."""
@@ -153,7 +154,7 @@ class Runtime:
     def hook(self) -> None:
         """Let the modules tell the conductor. The hooks keep the runtime alive, as long as there is a model."""
         for station in self.conductor.stations:
-            module = station.gathered.unit.module
+            module = station.module
             module.register_forward_pre_hook(_before(self, station), prepend=True, with_kwargs=True)
             # Always: a forward that raises, as a checkpoint's does when it has recomputed enough, leaves its unit, too.
             module.register_forward_hook(_after(self, station), always_call=True)

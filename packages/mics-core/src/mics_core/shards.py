@@ -28,7 +28,7 @@ class Shards:
     def __init__(
         self, members: Sequence[Member], sharding: Sharding, precision: Precision, ladder: Ladder, device: torch.device
     ) -> None:
-        self.members = members
+        self.sites = [member.sites for member in members]
         self.trained = members[0].parameter.requires_grad
         self.layout = layout = Layout.plan([(m.name, m.parameter.shape) for m in members], ladder.rungs.degrees[-1])
         self.degrees = sharding

@@ -36,7 +36,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"step: {type(optimizer).__name__} looks at whole tensors, and this rank holds 1-D slices of them: use "
                 "an optimizer that works element by element, such as mics.AdamW"
             )
-        if args or kwargs.get("closure") is not None:
+        if any(given is not None for given in (*args[1:], *kwargs.values())):  # args begins with the optimizer
             raise ConfigError("step: got a closure, which would make gradients too late: run it before step()")
         present = runtime.settle("step")
         if not runtime.unscale(present):

@@ -1,0 +1,95 @@
+"""What test_ladder.py asks ranks to do: move whole numbers, whose sums are exact in any order."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mics_core.comm import World
+from mics_core.ladder import Ladder
+from mics_core.ledger import Tally
+from mics_core.sharding import Sharding
+from mics_core.topology import Rungs, Topology
+from mics_kernels import accumulate
+
+
+@dataclass(frozen=True)
+class Case:
+    world: int
+    per_node: int
+    sharding: Sharding
+    pieces: int  # elements of the smallest piece
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        return self.world * self.pieces
+
+    def ladder(self) -> tuple[Ladder, Tally]:
+        tally = Tally()
+        return Ladder(Rungs.of(self.sharding, Topology(self.world, self.per_node)), World(None), tally), tally
+
+    def partial(self, rank: int) -> torch.Tensor:
+        """What one rank contributes."""
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(-8, 9, (self.size,), generator=generator).to(self.dtype)
+
+    def total(self) -> torch.Tensor:
+        return torch.stack([self.partial(rank) for rank in range(self.world)]).sum(0)
+
+
+def there_and_back(case: Case) -> dict[str, bool]:
+    """Climb from 1 to every rung by way of the one before, and descend again; compare with sums over all ranks."""
+    ladder, _ = case.ladder()
+    world, rank = case.world, ladder.rank
+    size = case.size
+    result = {}
+    buffer = case.partial(rank)
+    below = 1
+    for degree in ladder.rungs.degrees:
+        parts = ladder.climb("up", buffer, below, degree)
+        piece = torch.empty(size // degree, dtype=case.dtype)
+        accumulate(piece, parts, overwrite=True)
+        begin, end = ladder.range(size, degree)
+        # The ranks that share my copy at this degree are the first so many, counted from a multiple of it.
+        mine = range(rank - rank % degree, rank - rank % degree + degree)
+        expected = torch.stack([case.partial(other) for other in mine]).sum(0)[begin:end]
+        result[f"climb to {degree}"] = torch.equal(piece, expected)
+        buffer, below = piece.clone(), degree
+    begin, end = ladder.range(size, world)
+    result["climb to the top"] = torch.equal(buffer, case.total()[begin:end])
+    high = world
+    for degree in reversed(ladder.rungs.degrees[:-1]):
+        begin, end = ladder.range(size, degree)
+        whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
+        ladder.descend("down", buffer, whole, high, degree)
+        result[f"descend to {degree}"] = torch.equal(whole, case.total()[begin:end])
+        buffer, high = whole, degree
+    return result
+
+
+def straight_down_and_up(case: Case) -> dict[str, bool]:
+    """Several rungs in one call, in place."""
+    ladder, tally = case.ladder()
+    size = case.size
+    top = ladder.rungs.degrees[-1]
+    buffer = case.partial(ladder.rank)
+    parts = ladder.climb("up", buffer, 1, top)
+    begin, end = ladder.range(size, top)
+    mine = buffer[begin:end]
+    accumulate(mine, parts, overwrite=True)
+    ladder.descend("down", mine, buffer, top, 1)
+    sent = {action: sum(t.bytes for (name, _), t in tally.links.items() if name == action) for action in ("up", "down")}
+    # However many rungs: each rank sends what it does not keep, and what the others do not have, once.
+    least = (case.world - 1) * case.pieces * buffer.itemsize
+    return {"all-reduce": torch.equal(buffer, case.total()), "fewest bytes": sent["up"] == sent["down"] == least}
+
+
+def totals(case: Case, degree: int) -> list[float]:
+    ladder, _ = case.ladder()
+    return ladder.total(torch.tensor([1.0, float(ladder.rank)], dtype=torch.float64), degree).tolist()
+
+
+def compared(case: Case, degree: int) -> tuple[list[int], tuple[int, ...]]:
+    ladder, _ = case.ladder()
+    rows = ladder.compare(torch.tensor([ladder.rank]), degree)
+    return rows.flatten().tolist(), ladder.rungs.replicating(ladder.rank, degree)
