@@ -78,7 +78,12 @@ class Account:
 
 
 def accounts(
-    shardings: list[mics.Sharding], per_node: int, precision: mics.Precision, micro_steps: int, marked: bool, blocks: int
+    shardings: list[mics.Sharding],
+    per_node: int,
+    precision: mics.Precision,
+    micro_steps: int,
+    marked: bool,
+    blocks: int,
 ) -> list[Account]:
     result = []
     for sharding in shardings:

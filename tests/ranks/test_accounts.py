@@ -39,10 +39,10 @@ def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: 
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32(), Precision.bf16()], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("sharding", [Sharding(1, 1, 1), Sharding(2, 2, 2), Sharding(2, 2, 4), Sharding(4, 4, 4)], ids=str)
-def test_memory_is_a_formula_and_flat_from_the_third_step(
-    pool: Pool, sharding: Sharding, precision: Precision
-) -> None:
+@pytest.mark.parametrize(
+    "sharding", [Sharding(1, 1, 1), Sharding(2, 2, 2), Sharding(2, 2, 4), Sharding(4, 4, 4)], ids=str
+)
+def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: Sharding, precision: Precision) -> None:
     for held in pool.run(4, work.memory, sharding, precision, None):
         at_rest, working = held["at rest"], held["working"]
         assert held["after shard"] == sum(at_rest.values()) - at_rest["optimizer"]

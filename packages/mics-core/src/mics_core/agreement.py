@@ -56,7 +56,7 @@ def agree(
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
     _check_alike(requests)
     nodes = [request.node for request in requests]
-    per_node = ranks_per_node or comm.ranks_per_node(nodes, whole_world=world.whole)
+    per_node = ranks_per_node if ranks_per_node is not None else comm.ranks_per_node(nodes, whole_world=world.whole)
     topology = Topology(world.size, per_node)
     comm.check_placement(nodes, min(per_node, world.size))
     assert resolved is not None

@@ -119,8 +119,7 @@ class Formula:
             "staging": 2 * largest * reduce,
             "wire": largest // g * reduce if travels else 0,
             "received": sum(
-                (above // below - 1) * (largest // above) * reduce
-                for below, above in pairwise(self.rungs.degrees)
+                (above // below - 1) * (largest // above) * reduce for below, above in pairwise(self.rungs.degrees)
             ),
         }
 

@@ -17,8 +17,8 @@ from mics_core.errors import ConfigError, LifecycleError
 from mics_core.optimizer import AdamW
 from mics_core.runtime import Runtime
 
-NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
-"""Of torch.optim: these look at whole tensors, and a slice of a matrix is no matrix."""
+NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "SparseAdam")
+"""Of torch.optim: these look at whole tensors, and a slice of a matrix is no matrix. Muon says so itself."""
 
 _strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers of other models
 

@@ -1,0 +1,153 @@
+"""What test_errors.py asks ranks to do wrong."""
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import mics_core as mics
+from mics_core import comm
+from runtime_work import WIDTH, Model
+
+
+def sharded(**settings: object) -> Model:
+    return mics.shard(Model(2), mics.Sharding.mics(dist.get_world_size()), **settings)  # type: ignore[arg-type]
+
+
+def batch() -> Tensor:
+    return torch.randn(2, WIDTH)
+
+
+def shard_with(sharding: mics.Sharding, per_node: int | None) -> None:
+    mics.shard(Model(2), sharding, ranks_per_node=per_node)
+
+
+def shard_differently(how: str) -> None:
+    rank = dist.get_rank()
+    model, sharding, precision = Model(2), mics.Sharding.mics(2), mics.Precision.fp32()
+    if rank == 1:
+        if how == "sharding":
+            sharding = mics.Sharding.ddp()
+        elif how == "precision":
+            precision = mics.Precision.bf16()
+        elif how == "units":
+            model = Model(3)
+        elif how == "shapes":
+            model.blocks[1].up = nn.Linear(WIDTH, 2 * WIDTH)
+        elif how == "frozen":
+            model.embedding.weight.requires_grad_(False)
+        elif how == "invalid":
+            sharding = mics.Sharding(2, 1, 2)
+    mics.shard(model, sharding, precision=precision)
+
+
+def shard_on_mixed_nodes() -> None:
+    """Ranks 0 and 2 on one node, 1 and 3 on the other."""
+    os.environ["GROUP_RANK"] = str(dist.get_rank() % 2)
+    mics.shard(Model(2), mics.Sharding.mics(2), ranks_per_node=2)
+
+
+def bring_fewer_micro_batches(lengths: list[int]) -> None:
+    model = sharded()
+    for x in mics.accumulate(model, [batch() for _ in range(lengths[dist.get_rank()])]):
+        model(x).backward()
+
+
+def use_before_shard(what: str) -> None:
+    model = Model(2)
+    if what == "accumulate":
+        list(mics.accumulate(model, [batch()]))
+    elif what == "clip":
+        mics.clip_grad_norm_(model, 1.0)
+    elif what == "AdamW":
+        mics.AdamW(model.parameters())
+    elif what == "full_params":
+        with mics.full_params(model):
+            pass
+
+
+def step_inside_backward() -> None:
+    model = sharded()
+    optimizer = mics.AdamW(model.parameters())
+    x = batch().requires_grad_()
+    y = x * 2
+    y.register_hook(lambda _: optimizer.step())
+    model(y).backward()
+
+
+def step_inside_forward() -> None:
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters())
+    model.blocks[1].up.register_forward_hook(lambda *_: optimizer.step())
+    model(batch())
+
+
+def change_while_gathered() -> None:
+    model = sharded()
+
+    def change(module: nn.Module, *_: object) -> None:
+        with torch.no_grad():
+            module.weight.mul_(2)  # type: ignore[operator]
+
+    model.blocks[0].up.register_forward_pre_hook(change)
+    model(batch())
+
+
+def shard_twice() -> None:
+    mics.shard(sharded(), mics.Sharding.ddp())
+
+
+def shard_integers() -> None:
+    model = Model(1)
+    model.register_parameter("count", nn.Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False))
+    mics.shard(model, mics.Sharding.ddp())
+
+
+def old_optimizer(kind: str) -> None:
+    model = Model(2)
+    optimizer = getattr(torch.optim, kind)(model.parameters())
+    mics.shard(model, mics.Sharding.ddp())
+    model(batch()).backward()
+    optimizer.step()
+
+
+def optimize_with(kind: str) -> None:
+    model = sharded()
+    optimizer = getattr(torch.optim, kind)(model.parameters())
+    model(batch()).backward()
+    optimizer.step(lambda: 0.0) if kind == "SGD" else optimizer.step()
+
+
+def backward_after_clip() -> None:
+    model = sharded()
+    model(batch()).backward()
+    mics.clip_grad_norm_(model, 1.0)
+    model(batch()).backward()
+
+
+def return_nothing_to_watch() -> None:
+    class Opaque:
+        __slots__ = ("tensor",)
+
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            opaque = Opaque()
+            opaque.tensor = super().forward(x)
+            return opaque  # type: ignore[return-value]
+
+    model = mics.shard(nn.Sequential(Odd(WIDTH, WIDTH)), mics.Sharding.mics(2), units=[Odd])
+    model(batch())
+
+
+def stay_away(seconds: float) -> None:
+    """Rank 1 does not come to the second forward."""
+    comm.init(timeout=timedelta(seconds=seconds))
+    model = sharded()
+    model(batch())
+    if dist.get_rank() == 1:
+        time.sleep(3 * seconds)
+        raise RuntimeError("was away")
+    model(batch())

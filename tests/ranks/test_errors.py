@@ -1,0 +1,143 @@
+"""A mistake is one sentence on every rank: what, got, expected, what to do. Never a hang."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import error_work as work
+from mics_core import ConfigError, LifecycleError, Sharding
+from pool import Pool
+
+
+def said(pool: Pool, kind: type[Exception], function: Callable[..., Any], *args: Any, world: int = 2) -> list[str]:
+    """The sentence of each rank."""
+    errors = pool.errors(world, function, *args)
+    for error in errors:
+        assert type(error) is kind, error
+        assert "\n" not in str(error)
+    return [str(error) for error in errors]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "per_node", "sentence"),
+    [
+        (Sharding(2, 1, 2), None, "params is 2, which does not divide grads, 1"),
+        (Sharding(1, 1, 3), None, "optimizer is 3, which does not divide the number of ranks, 2"),
+        (Sharding(0, 1, 1), None, "params is 0, expected a count of pieces"),
+        (Sharding(1, 1, 1), 0, "ranks_per_node is 0, expected a divisor of the 2 ranks"),
+        ("auto", None, "sharding is 'auto', expected a mics.Sharding"),
+    ],
+)
+def test_wrong_degrees(pool: Pool, sharding: Any, per_node: int | None, sentence: str) -> None:
+    for text in said(pool, ConfigError, work.shard_with, sharding, per_node):
+        assert sentence in text
+
+
+def test_ranks_that_do_not_fill_nodes(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_with, Sharding(1, 1, 1), 3, world=4):
+        assert "ranks_per_node is 3, expected a divisor of the 4 ranks" in text
+
+
+def test_a_degree_that_does_not_fill_nodes(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_with, Sharding(2, 2, 6), 3, world=6):
+        assert "params is 2, which neither divides nor is a multiple of the 3 ranks of a node" in text
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("sharding", "sharding is (params=1, grads=1, optimizer=1) on rank 1 and (params=2, grads=2, optimizer=2)"),
+        ("precision", "precision is Precision(compute=torch.bfloat16"),
+        ("units", "units is"),
+        ("shapes", "the models differ: rank 1 has ('blocks.1.up.weight', (64, 32)"),
+        ("frozen", "the models differ: rank 1 has"),
+    ],
+)
+def test_ranks_that_ask_for_different_things(pool: Pool, how: str, sentence: str) -> None:
+    for text in said(pool, ConfigError, work.shard_differently, how):
+        assert sentence in text
+
+
+def test_what_is_wrong_on_one_rank_is_raised_on_all(pool: Pool) -> None:
+    first, second = said(pool, ConfigError, work.shard_differently, "invalid")
+    assert first == f"on rank 1: {second}"
+
+
+def test_ranks_that_are_not_numbered_node_by_node(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_on_mixed_nodes, world=4):
+        assert "ranks 0 to 1 should share a node of 2, but rank 0 is on" in text
+        assert "number the ranks node by node" in text
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [3, 2], [2, 1]], ids=str)
+def test_ranks_with_different_numbers_of_micro_batches(pool: Pool, lengths: list[int]) -> None:
+    for text in said(pool, LifecycleError, work.bring_fewer_micro_batches, lengths):
+        shorter = lengths.index(min(lengths))
+        assert f"ranks [{shorter}] are at their last micro-batch and the others are not" in text
+
+
+@pytest.mark.parametrize("what", ["accumulate", "clip", "full_params"])
+def test_a_model_that_is_not_sharded(pool: Pool, what: str) -> None:
+    for text in said(pool, LifecycleError, work.use_before_shard, what):
+        assert "call mics.shard" in text
+
+
+def test_an_optimizer_over_parameters_that_are_not_sharded(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.use_before_shard, "AdamW"):
+        assert "call mics.shard first" in text
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_an_optimizer_made_before_shard(pool: Pool, kind: str) -> None:
+    for text in said(pool, LifecycleError, work.old_optimizer, kind):
+        assert f"this {kind} holds parameters that mics.shard has replaced" in text
+
+
+def test_a_step_inside_a_backward(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.step_inside_backward):
+        assert "step: called inside the model's backward" in text
+
+
+def test_a_step_inside_a_forward(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.step_inside_forward):
+        assert "step: called inside the model's forward" in text
+
+
+def test_a_parameter_changed_while_it_is_gathered(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.change_while_gathered):
+        assert "blocks.0: a parameter was changed in place while it was gathered" in text
+
+
+def test_a_model_sharded_twice(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_twice):
+        assert "sharded already" in text
+
+
+def test_parameters_that_are_not_floating_point(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_integers):
+        assert "count is torch.int32" in text
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "SGD"])
+def test_an_optimizer_that_cannot_work_on_slices_or_takes_a_closure(pool: Pool, kind: str) -> None:
+    for text in said(pool, ConfigError, work.optimize_with, kind):
+        assert "looks at whole tensors" in text or "got a closure" in text
+
+
+def test_a_backward_after_gradients_were_summed(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.backward_after_clip):
+        assert "was summed over all ranks already" in text
+        assert "step or zero_grad first" in text
+
+
+def test_outputs_in_which_no_tensor_can_be_found(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.return_nothing_to_watch):
+        assert "0: forward returned Opaque, in which no tensor can be found" in text
+
+
+def test_a_rank_that_stays_away_is_named_with_unit_and_rung(pool: Pool) -> None:
+    first, second = pool.errors(2, work.stay_away, 1.0)
+    assert str(second) == "was away"
+    for word in ("gather of the root failed on rank 0", "nothing came from rank 1", "1-2 inside nodes"):
+        assert word in str(first)
