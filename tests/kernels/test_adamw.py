@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 
 import mics_kernels.ops.adamw as adamw_op
+import mics_kernels.segments as segments_module
 from comparing import assert_same_bits
 from mics_kernels import Segments, StochasticRounding, adamw
 
@@ -157,6 +158,20 @@ def test_one_number_in_memory_serves_all_segments(run: object, device: torch.dev
     assert_same_bits(one.master, other.master)
 
 
+def test_small_segments_side_by_side_are_one_run_and_large_ones_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments_module, "PART", 100)
+    pieces = Segments.build([0, 40, 60, 100, 101, 330, 330], [40, 20, 40, 1, 225, 0, 10], "cpu")
+    runs = [(run.begin, run.sizes, run.segments) for run in pieces.runs]
+    assert runs == [
+        (0, [40, 20, 40], [0, 1, 2]),
+        (100, [1], [3]),
+        (101, [100], [4]),
+        (201, [100], [4]),
+        (301, [25], [4]),
+        (330, [10], [6]),
+    ]
+
+
 @runs
 def test_gradients_are_multiplied_by_the_clip_factor(run: object, device: torch.device) -> None:
     clipped, scaled = Shard.random(5000), None
@@ -254,6 +269,8 @@ WRONG = {
     "lr is torch.int64": lambda s: s.update(
         lr=s.grad[:2].long(), step=1, segments=Segments.build([0, 4], [4, 4], s.master.device)
     ),
+    "lr is -0.1, expected 0 or more": lambda s: s.update(lr=-0.1, step=1),
+    "lr is nan, expected 0 or more": lambda s: s.update(lr=float("nan"), step=1),
     "step is 0, expected a count": lambda s: s.update(lr=1, step=0),
     "clip is 0.5, expected a float32 tensor": lambda s: s.update(lr=1, step=1, clip=0.5),
     "segments end at 9": lambda s: s.update(lr=1, step=1, segments=Segments.build([0], [9], s.master.device)),

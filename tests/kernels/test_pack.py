@@ -252,3 +252,16 @@ def test_a_wrong_request_raises_one_sentence_and_moves_nothing(sentence: str, de
     assert str(error.value).startswith(("pack: ", "unpack: "))
     assert bits(flat).equal(bits(torch.full((20,), 7.0, device=device)))
     assert tensor.eq(1).all()
+
+
+def test_references_record_no_gradients_and_leave_gradient_mode_as_it_was() -> None:
+    parameter, flat = torch.nn.Parameter(torch.ones(5)), torch.zeros(5)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            pack_op.reference([parameter], flat, [0])
+            unpack_op.reference(flat, [parameter], [0])
+            with pytest.raises(ValueError, match="inside the flat"):
+                pack_op.reference([parameter], flat, [1])
+            assert torch.is_grad_enabled() == enabled
+    assert not flat.requires_grad
+    assert parameter.is_leaf

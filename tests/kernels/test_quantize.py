@@ -134,3 +134,20 @@ WRONG = {
 def test_a_wrong_request_raises_one_sentence(sentence: str, device: torch.device) -> None:
     with pytest.raises(ValueError, match=sentence):
         WRONG[sentence](torch.ones(40, device=device))
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_the_references_cross_from_one_part_to_the_next(feedback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = torch.randn(1000)
+    flat[700] = torch.inf
+    results = []
+    for most in (1 << 20, 64):
+        monkeypatch.setattr(quantize_op, "SCRATCH", most)
+        monkeypatch.setattr(quantize_op, "DEQUANTIZED", most)
+        out, residual = empty(1000, torch.int8, 32, flat.device), torch.ones(1000) if feedback else None
+        quantize_op.quantize_reference(flat, out, 32, residual)
+        back = torch.empty(1000)
+        quantize_op.dequantize_reference(*out, back, 32)
+        results.append([*out, back, back if residual is None else residual])
+    for whole, parts in zip(*results, strict=True):
+        assert_same_bits(parts, whole)

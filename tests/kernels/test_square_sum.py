@@ -50,12 +50,27 @@ def test_many_small_squares_are_not_lost_beside_a_large_one(run: object, device:
     torch.testing.assert_close(run(flat).sum.double(), flat.double().square().sum(), rtol=1e-6, atol=0)
 
 
+def test_the_reference_has_five_digits_of_a_large_buffer_and_sees_all_of_it(device: torch.device) -> None:
+    for size in (1 << 15, (1 << 15) + 1, 1 << 18, 300_000, (1 << 21) + 77):
+        for dtype in (torch.float32, torch.bfloat16):
+            flat = torch.randn(size, device=device).to(dtype)
+            total, nonfinite = square_sum_op.reference(flat)
+            torch.testing.assert_close(total.double(), flat.double().square().sum(), rtol=1e-5, atol=0)
+            assert nonfinite == 0
+            for place in (0, size // 2, size - 1):
+                kept = flat[place].item()
+                flat[place] = torch.inf
+                assert square_sum_op.reference(flat).nonfinite == 1
+                flat[place] = kept
+
+
 @both
-def test_the_same_buffer_gives_the_same_bits(run: object, device: torch.device) -> None:
-    flat = torch.randn(50_000, device=device)
+@pytest.mark.parametrize("size", [50_000, 300_000])  # in the reference one sum, and one for each row
+def test_the_same_buffer_gives_the_same_bits(run: object, size: int, device: torch.device) -> None:
+    flat = torch.randn(size, device=device)
     first = run(flat).sum
     for shift in range(4):  # at another address, too
-        moved = torch.empty(50_000 + shift, device=device)[shift:].copy_(flat)
+        moved = torch.empty(size + shift, device=device)[shift:].copy_(flat)
         assert_same_bits(run(moved).sum, first)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,3 +44,19 @@ def require_scalar(op: str, name: str, tensor: torch.Tensor, device: torch.devic
             f"{op}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, expected one float32 "
             f"number on {device}, where the buffers are: kernels read it from device memory"
         )
+
+
+def without_grad(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.no_grad()` as a decorator that takes half the time, and none where gradients are off, as in a backward."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        torch.set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(True)
+
+    return guarded

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,23 @@ _BLOCK = constexpr(BLOCK)
 
 FIELDS = 3
 """Every row of a segment table begins with offset, size and first program; an op may add columns behind them."""
+
+
+PART = 1 << 18
+"""Elements that a reference updates at a time, so that a cache still holds them for what it does next."""
+
+
+class Run(NamedTuple):
+    """What a reference updates at a time: segments that lie side by side, or a part of a large one."""
+
+    begin: int
+    sizes: list[int]
+    segments: list[int]  # whose number each of the sizes is
+
+    @property
+    def end(self) -> int:
+        """Where the next run may begin."""
+        return self.begin + sum(self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +79,19 @@ class Segments:
     def programs(self) -> int:
         """How many blocks there are, one program each."""
         return self.owners.numel()
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All segments, cut into runs of at most PART elements: a CPU needs longer to begin than for a small one."""
+        runs: list[Run] = []
+        for number, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            for begin in range(offset, offset + size, PART):
+                end = min(begin + PART, offset + size)
+                if not runs or runs[-1].end < begin or end - runs[-1].begin > PART:
+                    runs.append(Run(begin, [], []))
+                runs[-1].sizes.append(end - begin)
+                runs[-1].segments.append(number)
+        return runs
 
 
 @jit

@@ -37,7 +37,7 @@ def constant(device: torch.device, key: Hashable, build: Callable[[], T]) -> T:
                 (owner, _), _ = _CONSTANTS.popitem(last=False)
                 if owner.type == "cuda":
                     torch.cuda.synchronize(owner)  # a launch on any stream may still read what goes
-        else:
+        elif len(_CONSTANTS) > KEPT // 2:  # before that nothing is about to go, and hashing a long key again costs
             _CONSTANTS.move_to_end((device, key))
         if capturing:
             _CAPTURED[id(found)] = found

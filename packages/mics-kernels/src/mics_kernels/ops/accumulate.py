@@ -12,7 +12,7 @@ import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
-from mics_kernels.checks import require_flat
+from mics_kernels.checks import require_flat, without_grad
 from mics_kernels.flat import SCRATCH, copy_scaled
 from mics_kernels.tables import pointer_table
 
@@ -24,7 +24,7 @@ float64, for the end of a buffer, and for addresses that are not multiples of 16
 access of its own."""
 
 
-@torch.no_grad()
+@without_grad
 def reference(
     acc: torch.Tensor,
     chunks: torch.Tensor | Sequence[torch.Tensor],
@@ -36,22 +36,29 @@ def reference(
     parts = _check(acc, chunks)
     if len(parts) == 1 and overwrite:
         copy_scaled(parts[0], acc, scale)
+    elif acc.numel() <= SCRATCH or (len(parts) == 1 and parts[0].dtype == acc.dtype):
+        _accumulate_part(acc, parts, scale, overwrite)
+    else:
+        # torch converts an addend as a whole, into new memory: of a part a cache holds that, too.
+        for piece, *pieces in zip(*[torch.split(buffer, SCRATCH) for buffer in (acc, *parts)], strict=True):
+            _accumulate_part(piece, pieces, scale, overwrite)
+
+
+def _accumulate_part(acc: torch.Tensor, parts: Sequence[torch.Tensor], scale: float, overwrite: bool) -> None:
+    first = parts[0]
+    if len(parts) == 1 and not overwrite:
+        acc.add_(first, alpha=scale)
         return
-    if len(parts) == 1 and (parts[0].dtype == acc.dtype or acc.numel() <= SCRATCH):
-        acc.add_(parts[0], alpha=scale)
-        return
-    wide = torch.promote_types(torch.promote_types(acc.dtype, parts[0].dtype), torch.float32)
-    for begin in range(0, acc.numel(), SCRATCH):
-        end = begin + SCRATCH
-        total = parts[0][begin:end].to(wide, copy=True)
-        for part in parts[1:]:
-            total.add_(part[begin:end])
-        if overwrite:
-            acc[begin:end] = total.mul_(scale)
-        elif acc.dtype == wide:
-            acc[begin:end].add_(total, alpha=scale)
-        else:
-            acc[begin:end] = total.mul_(scale).add_(acc[begin:end])
+    wide = torch.float64 if torch.float64 in (acc.dtype, first.dtype) else torch.float32
+    total = first.to(wide, copy=True)
+    for part in parts[1:]:
+        total.add_(part)
+    if overwrite:
+        acc.copy_(total.mul_(scale))
+    elif acc.dtype == wide:
+        acc.add_(total, alpha=scale)
+    else:
+        acc.copy_(total.mul_(scale).add_(acc))
 
 
 @jit

@@ -13,14 +13,13 @@ Learning rate, step, clip factor and skip flag are read from device memory: noth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
-from mics_kernels.checks import FLOATS, require_flat, require_scalar
+from mics_kernels.checks import FLOATS, require_flat, require_scalar, without_grad
 from mics_kernels.rounding import (
     StochasticRounding,
     key_reference,
@@ -28,7 +27,7 @@ from mics_kernels.rounding import (
     round_stochastically_reference,
     scramble,
 )
-from mics_kernels.segments import _BLOCK, FIELDS, Segments, locate
+from mics_kernels.segments import _BLOCK, FIELDS, Run, Segments, locate
 from mics_kernels.tables import constant
 
 TILE = 1024
@@ -39,10 +38,6 @@ _STEP = constexpr(256)
 """Likewise where a block is short or not aligned to 16 bytes."""
 
 _FIELDS = constexpr(FIELDS)
-
-
-PART = 1 << 18
-"""Elements that the reference updates at a time, so that a cache still holds them for the cast and the zeroing."""
 
 
 class _Buffers(NamedTuple):
@@ -67,8 +62,7 @@ class _Buffers(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """What is to be done with it."""
 
     lr: float | torch.Tensor
@@ -83,42 +77,52 @@ class _Settings:
     rounding: StochasticRounding | None
 
 
-@torch.no_grad()
+@without_grad
 def reference(buffers: _Buffers, settings: _Settings) -> None:
-    """What `adamw` does, by torch's own fused AdamW, a part of a segment at a time that a cache can hold."""
-    segments, rates, decays = settings.segments, _numbers(settings.lr), _numbers(settings.weight_decay)
+    """What `adamw` does, by torch's own fused AdamW, at a time as much as a cache can hold."""
+    rates, decays = _numbers(settings.lr), _numbers(settings.weight_decay)
     step = torch.as_tensor(settings.step, dtype=torch.float32, device=buffers.master.device)
     skipped = settings.skip is not None and bool(settings.skip)
-    for number, (offset, size) in enumerate(zip(segments.offsets, segments.sizes, strict=True)):
-        for begin in range(offset, offset + size, PART):
-            end = min(begin + PART, offset + size)
-            part = buffers.part(begin, end)
-            if not skipped:
-                _update_part(part, settings, step, rates[number % len(rates)], decays[number % len(decays)], begin)
-            if settings.zero_grad:
-                part.grad.zero_()
+    for run in settings.segments.runs:
+        part = buffers.part(run.begin, run.end)
+        if not skipped:
+            members: dict[tuple[float, float], list[int]] = {}
+            for place, number in enumerate(run.segments):
+                own = rates[number % len(rates)], decays[number % len(decays)]
+                members.setdefault(own, []).append(place)
+            _update_part(part, settings, step, run, members)
+        if settings.zero_grad:
+            part.grad.zero_()
 
 
-def _update_part(part: _Buffers, settings: _Settings, step: torch.Tensor, lr: float, decay: float, begin: int) -> None:
+def _update_part(
+    part: _Buffers, settings: _Settings, step: torch.Tensor, run: Run, members: dict[tuple[float, float], list[int]]
+) -> None:
     gradient = part.grad.to(torch.float32)
     if settings.clip is not None:
         # A gradient that will be zeroed may be overwritten: that saves a pass over new memory.
         gradient = gradient.mul_(settings.clip) if settings.zero_grad else gradient * settings.clip
-    torch._fused_adamw_(
-        [part.master], [gradient], [part.exp_avg], [part.exp_avg_sq], [], [step],
-        lr=lr, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=decay, eps=settings.eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
+    updated = (part.master, gradient, part.exp_avg, part.exp_avg_sq)
+    pieces = [buffer.split_with_sizes(run.sizes) if len(run.sizes) > 1 else [buffer] for buffer in updated]
+    for (lr, decay), places in members.items():
+        masters, grads, exp_avgs, exp_avg_sqs = ([piece[place] for place in places] for piece in pieces)
+        torch._fused_adamw_(
+            masters, grads, exp_avgs, exp_avg_sqs, [], [step] * len(places),
+            lr=lr, beta1=settings.betas[0], beta2=settings.betas[1], weight_decay=decay, eps=settings.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
     if part.weights is not None and settings.rounding is not None:
         key = key_reference(settings.rounding.seed, int(step))
-        first = settings.rounding.first + begin
+        first = settings.rounding.first + run.begin
         part.weights.copy_(round_stochastically_reference(part.master, first, key))
     elif part.weights is not None:
         part.weights.copy_(part.master)
 
 
 def _numbers(value: float | torch.Tensor) -> list[float]:
-    return value.reshape(-1).tolist() if isinstance(value, torch.Tensor) else [value]
+    if not isinstance(value, torch.Tensor):
+        return [value]
+    return [value.item()] if value.numel() == 1 else value.tolist()
 
 
 @jit
@@ -289,6 +293,8 @@ def _check(buffers: _Buffers, settings: _Settings) -> None:
             require_scalar("adamw", name, value, device)
         elif isinstance(value, torch.Tensor):
             require_flat("adamw", name, value, FLOATS[:1], like=pieces.rows[:, 0])
+        elif name == "lr" and not value >= 0:
+            raise ValueError(f"adamw: lr is {value!r}, expected 0 or more: updates go against the gradient already")
     beta1, beta2 = settings.betas
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and settings.eps >= 0):
         raise ValueError(

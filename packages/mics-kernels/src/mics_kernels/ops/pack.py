@@ -14,17 +14,18 @@ import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
 from mics_kernels.casting import scaled
-from mics_kernels.flat import KIND, SCRATCH, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
+from mics_kernels.checks import without_grad
+from mics_kernels.flat import KIND, SCRATCH, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, flattened, places, plan
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
-@torch.no_grad()
+@without_grad
 def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `pack` does, in torch."""
     placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
     if scale == 1.0 and placement.joinable:
-        pieces = [zeros if zeros is not None else tensors[t].flatten() for t, zeros in placement.joinable]
+        pieces = [zeros if zeros is not None else flattened(tensors[t]) for t, zeros in placement.joinable]
         torch.cat(pieces, out=out)
         return
     chunks = out.split_with_sizes(placement.chunks)
@@ -36,7 +37,7 @@ def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Seque
     scale_last = out.dtype == torch.float32 and out.numel() <= SCRATCH and placement.fits_float32
     if placement.rank == 0 and (scale == 1.0 or scale_last) and tensors:
         targets = [chunks[c] for c in placement.chunk_of]
-        torch._foreach_copy_(targets, [tensor.flatten() for tensor in tensors])
+        torch._foreach_copy_(targets, [flattened(tensor) for tensor in tensors])
         if scale != 1.0:
             out.mul_(scale)
         return

@@ -9,13 +9,15 @@ A buffer is read once and written once: per element (bytes of an input) + 1 + 4 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
-from mics_kernels.checks import FLOATS, require_flat
+from mics_kernels.checks import FLOATS, require_flat, without_grad
 from mics_kernels.flat import SCRATCH
 
 TILE = 2048
@@ -26,6 +28,9 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 5734
 """The dtypes to quantize to, and the largest magnitude of each that a block's maximum becomes."""
 
 _MANTISSA_BITS = {torch.int8: 0, torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+DEQUANTIZED = 1 << 20
+"""Elements that the reference dequantizes at a time, so that a cache still holds them when they are multiplied."""
 
 SMALLEST = 2.0**-100
 _SMALLEST = constexpr(SMALLEST)
@@ -39,62 +44,62 @@ class Quantized(NamedTuple):
     scales: torch.Tensor  # float32, one for each block; NaN where a block held an infinity or a NaN
 
 
-@torch.no_grad()
+@without_grad
 def quantize_reference(
     flat: torch.Tensor, out: Quantized, block: int = 256, residual: torch.Tensor | None = None
 ) -> Quantized:
     """What `quantize` does, in torch."""
-    limit = LIMITS[out.values.dtype]
-    per_turn = SCRATCH // 4  # a power of two, as blocks are; each turn makes four temporaries as large
-    whole = flat.numel() // block * block
-    turns = [(begin, min(begin + per_turn, whole)) for begin in range(0, whole, per_turn)]
-    if whole < flat.numel():
-        turns.append((whole, flat.numel()))
-    for begin, end in turns:
-        width = min(block, end - begin)
-        x = flat[begin:end].view(-1, width).to(torch.float32)
-        lost = None if residual is None else residual[begin:end].view(-1, width)
-        if lost is not None:
-            x = x + lost
-        values, scales = out.values[begin:end].view(-1, width), out.scales[begin // block : -(-end // block)]
-        strange = _quantize_rows(x, values, scales, limit)
-        if lost is not None:
-            error = x - values.to(torch.float32) * scales.unsqueeze(1)
-            lost.copy_(error if strange is None else torch.where(strange.unsqueeze(1), lost, error))
+    buffers = [flat, out.values] if residual is None else [flat, out.values, residual]
+    _by_blocks(_quantize_blocks, SCRATCH, block, out.scales, *buffers)
     return out
 
 
-def _quantize_rows(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """Quantize each row of float32 `x`; return which rows are not finite, or None if all are."""
-    largest = torch.maximum(x.amax(1), x.amin(1).neg_())  # several times faster than a norm; NaNs propagate alike
+def _quantize_blocks(
+    width: int, scales: torch.Tensor, flat: torch.Tensor, values: torch.Tensor, residual: torch.Tensor | None = None
+) -> None:
+    limit = LIMITS[values.dtype]
+    x = (flat.to(torch.float32) if residual is None else flat.to(torch.float32) + residual).view(-1, width)
+    largest = x.abs().amax(1)  # several times faster than a norm; NaNs propagate alike
     strange = None
-    if not largest.isfinite().all():
+    if not math.isfinite(largest.sum().item()):  # one number tells, or calls for a closer look
         strange = largest.isfinite().logical_not_()
         largest[strange] = 0
         x = x.masked_fill(strange.unsqueeze(1), 0)
-    largest.clamp_(min=SMALLEST)
-    torch.div(largest, limit, out=scales)
+    torch.div(largest.clamp_(min=SMALLEST), limit, out=scales)
     scaled = x * torch.div(limit, largest).unsqueeze(1)  # at most the limit and a rounding error, which rounds back
-    values.copy_(scaled if values.is_floating_point() else scaled.round_())
+    values.view(-1, width).copy_(scaled if values.is_floating_point() else scaled.round_())
     if strange is not None:
         scales[strange] = torch.nan
-    return strange
+    if residual is not None:
+        lost = residual.view(-1, width)
+        error = x - values.to(torch.float32).view(-1, width) * scales.unsqueeze(1)
+        lost.copy_(error if strange is None else torch.where(strange.unsqueeze(1), lost, error))
 
 
-@torch.no_grad()
+@without_grad
 def dequantize_reference(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int = 256) -> None:
     """What `dequantize` does, in torch."""
-    rest = values.numel() % block
-    if rest and rest < values.numel():
-        whole = values.numel() - rest
-        dequantize_reference(values[:whole], scales[:-1], out[:whole], block)
-        dequantize_reference(values[whole:], scales[-1:], out[whole:], block)
-        return
-    rows = out.view(-1, rest or block)
-    if out.dtype == torch.float32:
-        rows.copy_(values.view(-1, rest or block)).mul_(scales.unsqueeze(1))
+    _by_blocks(_dequantize_blocks, DEQUANTIZED, block, scales, values, out)
+
+
+def _dequantize_blocks(width: int, scales: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    wide.copy_(values).view(-1, width).mul_(scales.unsqueeze(1))
+    if wide is not out:
+        out.copy_(wide)
+
+
+def _by_blocks(op: Callable[..., None], most: int, block: int, scales: torch.Tensor, *buffers: torch.Tensor) -> None:
+    """Call `op` with the width of blocks, their scales and the buffers, at most `most` elements at a time."""
+    size, rest = buffers[0].numel(), buffers[0].numel() % block
+    if rest and rest < size:  # the last block is narrower
+        _by_blocks(op, most, block, scales[:-1], *[buffer[:-rest] for buffer in buffers])
+        _by_blocks(op, most, block, scales[-1:], *[buffer[-rest:] for buffer in buffers])
+    elif size <= most:
+        op(rest or block, scales, *buffers)
     else:
-        rows.copy_(values.view(-1, rest or block).to(torch.float32).mul_(scales.unsqueeze(1)))
+        for part in zip(torch.split(scales, most // block), *[torch.split(b, most) for b in buffers], strict=True):
+            op(block, *part)
 
 
 @jit

@@ -13,7 +13,8 @@ import torch
 
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
-from mics_kernels.checks import require_flat
+from mics_kernels.checks import require_flat, without_grad
+from mics_kernels.flat import SCRATCH
 from mics_kernels.tables import scratch
 
 TILE = 2048
@@ -23,8 +24,8 @@ _PROGRAMS = constexpr(PROGRAMS)
 """At most 1024 programs walk the tiles in turn: enough to fill a GPU, few enough for the last one to add up."""
 
 
-PART = 1 << 20
-"""Elements that the reference sums in float32: of so few five digits are right."""
+ROW = 1 << 15
+"""Elements that the reference sums in float32 before it adds up the sums: of so few at least five digits are right."""
 
 
 class SquareSum(NamedTuple):
@@ -34,27 +35,39 @@ class SquareSum(NamedTuple):
     nonfinite: torch.Tensor  # 1 if an element is infinite or NaN, else 0
 
 
-@torch.no_grad()
+@without_grad
 def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
-    """What `square_sum` does, in torch; the sums of parts are added up in float64."""
-    _check(flat, out)
-    wide = torch.promote_types(flat.dtype, torch.float32)
-    parts = [flat] if flat.numel() <= PART else torch.split(flat, PART)
-    sums = []
-    for part in parts:
-        # The bits of a dot product depend on how its input lies to cache lines: all lie as allocations do.
-        lies_well = part.dtype == wide and part.data_ptr() % 64 == 0
-        value = part if lies_well else part.to(wide, copy=True)
-        sums.append(torch.dot(value, value))
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=torch.float64).to(wide)
+    """What `square_sum` does, in torch."""
+    wide = _check(flat, out)
+    if flat.dtype == wide:
+        total = _sum_of_squares(flat)
+    else:  # a part at a time, so that a cache still holds what is converted when it is squared
+        sums = [_sum_of_squares(part.to(wide)) for part in torch.split(flat, SCRATCH)]
+        total = torch.stack(sums).sum(dtype=torch.float64)
     # A finite sum has no infinite or NaN term; on a GPU asking would be a host sync, so there all is read twice.
-    if flat.device.type == "cpu" and math.isfinite(total.item()):
-        nonfinite = torch.zeros_like(total)
+    finite = flat.is_cpu and math.isfinite(total.item())
+    pair = torch.empty(2, dtype=wide, device=flat.device) if out is None else out
+    result = SquareSum(*pair.unbind())
+    result.sum.copy_(total)
+    if finite:
+        result.nonfinite.zero_()
     else:
-        nonfinite = flat.isfinite().all().logical_not_().to(wide)
-    if out is None:
-        return SquareSum(total, nonfinite)
-    return SquareSum(*torch.stack((total, nonfinite), out=out).unbind())
+        result.nonfinite.copy_(flat.isfinite().all().logical_not_())
+    return result
+
+
+def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
+    """Of a float32 or float64 buffer: rows in one call, for many small ones would find torch's code in no cache."""
+    size = flat.numel()
+    if size <= ROW:
+        if flat.data_ptr() % 64:  # the bits of a dot product depend on how its input lies to cache lines
+            flat = flat.clone()
+        return torch.dot(flat, flat)
+    if size % ROW:
+        whole = size - size % ROW
+        return _sum_of_squares(flat[:whole]) + _sum_of_squares(flat[whole:])
+    norms = torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)
+    return torch.dot(norms, norms)
 
 
 @jit
@@ -96,8 +109,7 @@ def _square_sum_kernel(
 
 
 def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
-    _check(flat, out)
-    device, wide = flat.device, torch.promote_types(flat.dtype, torch.float32)
+    wide, device = _check(flat, out), flat.device
     pair = torch.empty(2, dtype=wide, device=device) if out is None else out
     tile = TILE if wide == torch.float32 else TILE_FLOAT64
     programs = max(1, min(PROGRAMS, -(-flat.numel() // tile)))
@@ -116,16 +128,19 @@ def _launch(flat: torch.Tensor, out: torch.Tensor | None) -> SquareSum:
     return SquareSum(pair[0], pair[1])
 
 
-def _check(flat: torch.Tensor, out: torch.Tensor | None) -> None:
+def _check(flat: torch.Tensor, out: torch.Tensor | None) -> torch.dtype:
+    """Raise one sentence about what is wrong, or return the dtype of the result."""
     require_flat("square_sum", "the buffer", flat)
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
     if out is None:
-        return
-    require_flat("square_sum", "out", out, (torch.promote_types(flat.dtype, torch.float32),))
+        return wide
+    require_flat("square_sum", "out", out, (wide,))
     if out.numel() != 2 or out.device != flat.device:
         raise ValueError(
             f"square_sum: out has {out.numel()} elements on {out.device}, expected 2 on {flat.device}: "
             f"one for the sum, one for the flag"
         )
+    return wide
 
 
 def square_sum(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:

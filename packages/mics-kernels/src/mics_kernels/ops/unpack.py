@@ -13,19 +13,24 @@ import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
 from mics_kernels.casting import scaled
-from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, places, plan
+from mics_kernels.checks import without_grad
+from mics_kernels.flat import KIND, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, flattened, places, plan
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
-@torch.no_grad()
+@without_grad
 def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `unpack` does, in torch."""
     placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
+    if scale == 1.0 and placement.joinable and not placement.gaps:
+        targets = [flattened(tensors[t]) for t, _ in placement.joinable]
+        torch.split_with_sizes_copy(flat, placement.chunks, out=targets)
+        return
     chunks = flat.split_with_sizes(placement.chunks)
     if placement.rank == 0 and scale == 1.0 and tensors:
         sources = [chunks[c] for c in placement.chunk_of]
-        torch._foreach_copy_([tensor.flatten() for tensor in tensors], sources)  # of a contiguous one: a view
+        torch._foreach_copy_([flattened(tensor) for tensor in tensors], sources)
         return
     for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
         copy_scaled(chunks[chunk].view(tensor.shape), tensor, scale)
