@@ -39,7 +39,7 @@ def agree(
     units: list[Unit] = []
     resolved, error = None, None
     try:
-        units = _checked_units(model, sharding, rule)
+        units = _checked_units(model, sharding, precision, rule)
         resolved = sharding.resolve(world.size)
     except ConfigError as problem:
         error = str(problem)
@@ -63,12 +63,19 @@ def agree(
     return units, Rungs.of(resolved, topology), resolved
 
 
-def _checked_units(model: nn.Module, sharding: Sharding, rule: UnitRule | None) -> list[Unit]:
+def _checked_units(model: nn.Module, sharding: Sharding, precision: Precision, rule: UnitRule | None) -> list[Unit]:
     if not isinstance(sharding, Sharding):
         raise ConfigError(f"shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)")
     if any(registry.is_sharded(module) for module in model.modules()):
         raise ConfigError(f"shard: this {type(model).__name__} is sharded already, or a part of it: shard it once")
     check_meta(model)
+    if precision.compute.itemsize < 4:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                raise ConfigError(
+                    f"shard: {name} is a {type(module).__name__}, whose running statistics are buffers in float32, and "
+                    f"torch has none that computes in {precision.compute} with them: use GroupNorm or Precision.fp32()"
+                )
     units = find(model, rule)
     for unit in units:
         for member in (*unit.trained, *unit.frozen):

@@ -30,8 +30,7 @@ class Clipping:
         """Gradients are new: nothing is known of them."""
         self._norm: torch.Tensor | None = None
         self._overflow: torch.Tensor | None = None
-        self._factor: torch.Tensor | None = None
-        self._applied = False
+        self._factor: torch.Tensor | None = None  # to multiply gradients by that are in memory
 
     def clip(self, present: Sequence[Reduced], max_norm: float) -> torch.Tensor:
         """The norm before clipping; afterwards `factor` makes it at most `max_norm`."""
@@ -45,7 +44,7 @@ class Clipping:
         """What gradients still are to be multiplied by, and a flag that is not 0 if the step must be skipped."""
         if self._scaling is not None:
             self._measure(present)
-        return (None if self._applied else self._factor), self._overflow
+        return self._factor, self._overflow
 
     def apply(self, present: Sequence[Reduced]) -> None:
         """Multiply the gradients in memory now, for an optimizer that reads them as they are."""
@@ -54,7 +53,7 @@ class Clipping:
             for reduced in present:
                 reduced.shards.synced.mul_(factor.to(reduced.shards.synced.dtype))
                 self._tally.moved("clip", 2 * reduced.shards.synced.nbytes)
-        self._applied, self._factor = True, None
+        self._factor = None
 
     def _measure(self, present: Sequence[Reduced]) -> torch.Tensor:
         if self._norm is None:

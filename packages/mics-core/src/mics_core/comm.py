@@ -52,13 +52,13 @@ def init(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
 
 @dataclass
 class Answers:
-    """Small numbers of all ranks, on their way."""
+    """Small numbers on their way."""
 
     numbers: torch.Tensor
     work: dist.Work | None
 
     def read(self) -> list[int]:
-        """The numbers in the order of ranks, once all are there."""
+        """The numbers, once all ranks have given theirs."""
         if self.work is not None:
             self.work.wait()
         answers: list[int] = self.numbers.tolist()
@@ -87,19 +87,13 @@ class World:
         dist.all_gather_object(everyone, mine, group=self._control)
         return everyone
 
-    def ask(self, mine: int) -> Answers:
-        """Begin to tell everyone a small number; nothing waits until the answers are read."""
-        numbers = torch.zeros(self.size, dtype=torch.uint8)
-        numbers[self.rank] = mine
+    def ask(self, mine: Sequence[int]) -> Answers:
+        """Begin to find the largest of all ranks' numbers, each from 0 to 255; nothing waits until it is read."""
+        numbers = torch.tensor(mine, dtype=torch.uint8)
         work = None
-        if self.size > 1:
+        if self.size > 1 and numbers.numel():
             work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._control, async_op=True)
         return Answers(numbers, work)
-
-    def any(self, flags: torch.Tensor) -> None:
-        """Replace each element of a small uint8 tensor on the CPU by its maximum over the ranks."""
-        if self.size > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
 
     def send_all(self, flat: torch.Tensor) -> None:
         """Overwrite everyone's buffer with rank 0's."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mics_core import trees
-from mics_core.autograd import entrance, whole
+from mics_core.autograd import whole
 from mics_core.comm import Answers
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
@@ -56,8 +56,17 @@ class Station:
         self.awaited = 0  # backwards that the forwards of this pass have announced
         self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
 
+    def check_frozen(self) -> None:
+        """Raise if a parameter that was frozen when the model was cut is to be trained now."""
+        for part, _ in self.places:
+            if not part.trained and any(parameter.requires_grad for parameter in part.parameters):
+                raise LifecycleError(
+                    f"{self.gathered.unit}: a parameter that was frozen at mics.shard requires a gradient now, and "
+                    "has no memory for one: let it require gradients before mics.shard, and freeze it after"
+                )
+
     def clear(self) -> None:
-        """Let modules see their Parameters again, and raise if someone wrote into the whole ones."""
+        """Let modules see what they saw before, and raise if someone wrote into the whole parameters."""
         for part, places in self.places:
             places.clear()
             if part.changed():
@@ -91,7 +100,8 @@ class Conductor:
         self._question: Answers | None = None
         self._open = 0  # forwards under way
         self._passes = 0  # backwards so far
-        self._taken: list[Station] = []  # by this backward, and not left yet
+        self._taken: list[tuple[Station, int]] = []  # by this backward and not left yet, with autograd's task
+        self._received = False  # whether this backward brought a gradient
         self._finished: list[Station] = []  # those of them whose gradients are there
         self._anchor = torch.empty(0, requires_grad=True)
         for station in stations:
@@ -120,6 +130,8 @@ class Conductor:
         if not again:
             self._fetch()
         self.gatherer.arrive(station.gathered)
+        if differentiated:
+            station.check_frozen()
         for part, places in station.places:
             if part.trained and differentiated:
                 places.set(whole(self._anchor, part.views, station.finish))
@@ -129,7 +141,7 @@ class Conductor:
         if station.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if station.reduced is None and differentiated and station.places:
-            inputs = self._watch_inputs(station, inputs or (args, kwargs))
+            self._watch_inputs(station, inputs or (args, kwargs))
         return inputs
 
     def after_forward(self, station: Station, outputs: Any) -> Any:
@@ -163,7 +175,7 @@ class Conductor:
 
     def _recomputing(self) -> bool:
         """Whether a forward runs inside a backward, as under a checkpoint."""
-        return self.phase is Phase.BACKWARD and torch._C._current_graph_task_id() != -1
+        return _task() != -1
 
     def _begin_forward(self, differentiated: bool) -> None:
         if self.phase is Phase.BACKWARD:
@@ -190,7 +202,7 @@ class Conductor:
         if not self._order.reach(Use(station.number, Way.BACKWARD)):
             self._drop_fetched()
         self.gatherer.take(station.gathered)
-        self._taken.append(station)
+        self._taken.append((station, _task()))
         self._fetch()
         self.gatherer.arrive(station.gathered)
         for (_, places), present in zip(station.places, views, strict=True):
@@ -207,17 +219,34 @@ class Conductor:
                     "micro-batch and the others are not: give every rank equally many"
                 )
 
+    def _check_scaled(self) -> None:
+        """Raise if gradients came that the loss scale has not enlarged: they would be made too small."""
+        if self.scaling is not None and not self.scaling.entered:
+            raise LifecycleError(
+                "backward: gradients came that did not begin at what the model returned, where the loss is scaled: "
+                "with Precision.fp16 call the model itself, not its parts, and make the loss of what it returns"
+            )
+
     def _finisher(self, station: Station) -> Callable[..., None]:
         reduced = station.reduced
 
         def finish(grads: Sequence[torch.Tensor | None]) -> None:
-            station.clear()
-            # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's backward
-            # begins with them; so the memory stays until then.
-            self._finished.append(station)
-            if reduced is not None:
-                self.reducer.take(reduced, grads)
+            if not station.gathered.users:
+                raise LifecycleError(
+                    f"{station.gathered.unit}: its backward ran without beginning at what its forward returned: return "
+                    "every tensor that a loss is made of, rather than keeping it in an attribute"
+                )
+            # A checkpoint inside the unit may run its part of the backward as a task of its own, and others follow.
+            if (station, _task()) in self._taken:
+                station.clear()
+                # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's
+                # backward begins with them; so the memory stays until then.
+                self._finished.append(station)
                 station.awaited -= 1
+            if reduced is not None:
+                self._check_scaled()
+                self._received = True
+                self.reducer.take(reduced, grads)
                 if self.micro_step is MicroStep.LAST and station.awaited == 0:
                     self.reducer.sync(reduced)
 
@@ -226,7 +255,7 @@ class Conductor:
     def _end_backward(self) -> None:
         self._order.end()
         self._let_finished_leave()
-        for station in self._taken:  # reached, but no gradient came for its parameters
+        for station, _ in self._taken:  # reached, but no gradient came for its parameters
             station.clear()
             self.gatherer.leave(station.gathered, keep=False)
         self._taken.clear()
@@ -234,31 +263,39 @@ class Conductor:
             self._fetch()
         else:
             self._drop_fetched()
+        last = self.micro_step is MicroStep.LAST and self._received
         for station in self.stations:
             station.awaited = 0
-            reduced = station.reduced
-            if self.micro_step is MicroStep.LAST and reduced is not None and reduced.gradient is Gradient.SHARDED:
-                self.reducer.sync(reduced)
+            if last and station.reduced is not None and station.reduced.gradient is Gradient.SHARDED:
+                self.reducer.sync(station.reduced)
+        if last:
+            self.reducer.ask()
+        self._received = False
+        if self.scaling is not None:
+            self.scaling.entered = False
         self._passes += 1
         self.phase = Phase.REST
 
     def _give_up_backward(self) -> None:
         """A backward raised, and its caller went on: leave what it had taken."""
         self._finished.clear()
-        for station in self._taken:
-            station.clear()
+        for station, _ in self._taken:
             self.gatherer.leave(station.gathered, keep=False)
         self._taken.clear()
         for station in self.stations:
             station.awaited = 0
+            for _, places in station.places:
+                places.reset()
+        self._received = False
         self._order.restart()
         self._passes += 1
         self.phase = Phase.REST
 
     def _let_finished_leave(self) -> None:
         for station in self._finished:
-            if station in self._taken:
-                self._taken.remove(station)
+            taken = next((entry for entry in self._taken if entry[0] is station), None)
+            if taken is not None:
+                self._taken.remove(taken)
                 keep = self.micro_step is MicroStep.MORE_FOLLOW and self._is_next(station)
                 self.gatherer.leave(station.gathered, keep=keep)
         self._finished.clear()
@@ -309,11 +346,22 @@ class Conductor:
                 "so its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
             )
 
-    def _watch_inputs(self, station: Station, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    def _watch_inputs(self, station: Station, inputs: tuple[Any, Any]) -> None:
         """A unit without trained parameters is finished when the gradients of its inputs are there."""
         watched = [tensor for tensor in trees.tensors(inputs) if tensor.requires_grad]
-        if not watched:
-            return inputs
-        passed = dict(zip(map(id, watched), entrance(station.finish, *watched), strict=True))
-        changed: tuple[Any, Any] = trees.convert(inputs, lambda tensor: passed.get(id(tensor), tensor))
-        return changed
+        missing = len(watched)
+
+        def hook(_: torch.Tensor) -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                missing = len(watched)
+                station.finish(())
+
+        for tensor in watched:
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _task() -> int:
+    """Which backward is running on this thread; nested ones have numbers of their own. -1 if there is none."""
+    return torch._C._current_graph_task_id()

@@ -27,6 +27,7 @@ class _State:
     steps: list[int]  # of each parameter: one that took no part in a step was not updated
     groups: list[dict[str, Any] | None]  # the parameter group that each is in
     runs: dict[object, list[_Run]] = field(default_factory=dict)  # for the present circumstances only
+    skipped: torch.Tensor | None = None  # with float16, how many of the steps were skipped; on the device
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class AdamW(torch.optim.Optimizer):
                         f"AdamW: the master weights of {reduced.unit} are {master.dtype}, expected float32: use "
                         "torch.optim.AdamW for them"
                     )
-                state = _State(torch.zeros_like(master), torch.zeros_like(master), [0] * len(groups), groups)
+                moments = (torch.zeros_like(master), torch.zeros_like(master))
+                state = _State(*moments, [0] * len(groups), groups)
                 self._states.append((reduced, state))
         self._runtime.adopt([reduced for reduced, _ in self._states])
 
@@ -115,6 +117,12 @@ class AdamW(torch.optim.Optimizer):
             for member in run.members:
                 state.steps[member] += 1
             span = run.span
+            step: float | torch.Tensor = state.steps[run.members[0]]
+            if skip is not None:
+                if state.skipped is None:
+                    state.skipped = shards.master.new_zeros(len(state.steps))
+                step = step - state.skipped[run.members[0]]
+                state.skipped[run.members] += skip.sign()
             adamw(
                 shards.master[span],
                 state.exp_avg[span],
@@ -122,7 +130,7 @@ class AdamW(torch.optim.Optimizer):
                 shards.synced[span],
                 None if weights is None else weights[span],
                 lr=run.each("lr"),
-                step=state.steps[run.members[0]],
+                step=step,
                 betas=run.groups[0]["betas"],
                 eps=run.groups[0]["eps"],
                 weight_decay=run.each("weight_decay"),
@@ -144,10 +152,11 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, of this rank's slices."""
         for reduced, state in self._states:
+            skipped = [0.0] * len(state.steps) if state.skipped is None else state.skipped.tolist()
             for index, (begin, end) in enumerate(reduced.shards.parts):
                 if state.groups[index] is not None and state.steps[index]:
                     self.state[reduced.shards.parameters[index]] = {
-                        "step": torch.tensor(float(state.steps[index])),
+                        "step": torch.tensor(state.steps[index] - skipped[index]),
                         "exp_avg": state.exp_avg[begin:end],
                         "exp_avg_sq": state.exp_avg_sq[begin:end],
                     }
@@ -161,6 +170,7 @@ class AdamW(torch.optim.Optimizer):
         for reduced, state in self._states:
             state.groups = [groups.get(id(parameter)) for parameter in reduced.shards.parameters]
             state.runs = {}
+            state.skipped = None
             for index, (begin, end) in enumerate(reduced.shards.parts):
                 loaded = self.state.get(reduced.shards.parameters[index])
                 if loaded:

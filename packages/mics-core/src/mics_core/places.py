@@ -23,8 +23,7 @@ class Places:
         self._attributes: list[tuple[dict[str, Any], str, int]] = []
         self._lists: list[tuple[list[Any], int, int]] = []  # recurrent layers keep their weights in a list, too
         self._parameters = shards.parameters
-        self.whole: Sequence[torch.Tensor] = ()
-        """What the modules see now, if not their Parameters."""
+        self._shown: list[Sequence[torch.Tensor]] = []  # a unit may be entered again before it was left
         for index, sites in enumerate(shards.sites):
             for site in sites:
                 self._attributes.append((site.module.__dict__, site.name, index))
@@ -32,21 +31,38 @@ class Places:
                     position = site.module._flat_weights_names.index(site.name)
                     self._lists.append((site.module._flat_weights, position, index))
 
+    @property
+    def whole(self) -> Sequence[torch.Tensor]:
+        """What the modules see now, if not their Parameters."""
+        return self._shown[-1] if self._shown else ()
+
     def set(self, views: Sequence[torch.Tensor]) -> None:
         """Let the modules see these."""
-        self.whole = views
-        for attributes, name, index in self._attributes:
-            attributes[name] = views[index]
-        for weights, position, index in self._lists:
-            weights[position] = views[index]
+        self._shown.append(views)
+        self._show(views)
 
     def clear(self) -> None:
-        """Let the modules see their Parameters again."""
-        self.whole = ()
+        """Let the modules see what they saw before: their Parameters, in the end."""
+        if self._shown:
+            self._shown.pop()
+        if self._shown:
+            self._show(self._shown[-1])
+            return
         for attributes, name, _ in self._attributes:
             attributes.pop(name, None)
         for weights, position, index in self._lists:
             weights[position] = self._parameters[index]
+
+    def reset(self) -> None:
+        """Let the modules see their Parameters, whatever was under way."""
+        self._shown.clear()
+        self.clear()
+
+    def _show(self, views: Sequence[torch.Tensor]) -> None:
+        for attributes, name, index in self._attributes:
+            attributes[name] = views[index]
+        for weights, position, index in self._lists:
+            weights[position] = views[index]
 
     def own(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make these the Parameters of the modules."""

@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from mics_core.comm import World
+from mics_core.comm import Answers, World
 from mics_core.errors import LifecycleError
 from mics_core.gather import named
 from mics_core.ladder import Ladder
@@ -41,17 +41,33 @@ class Reduced:
         self.gradient = Gradient.NONE
         self.used = [False] * len(self.offsets)  # which parameters took part since the last step
         self.latest: Ticket = DONE  # the last work on `sharded`
+        self._version = shards.gradient_version
 
     def dropped(self) -> bool:
         """Whether the user's zero_grad has thrown the gradient away."""
-        return self.gradient is not Gradient.NONE and self.shards.parameters[self.used.index(True)].grad is None
+        return self.gradient is not Gradient.NONE and all(
+            parameter.grad is None for parameter, used in zip(self.shards.parameters, self.used, strict=True) if used
+        )
+
+    def check_untouched(self) -> None:
+        """Raise if someone wrote into `p.grad` before it was the sum over all ranks."""
+        version = self.shards.gradient_version
+        if version != self._version:
+            self._version = version
+            raise LifecycleError(
+                f"the gradient of {self.unit} was changed before it was summed over all ranks, so the change would be "
+                "lost in part: drop gradients with zero_grad(set_to_none=True), and change them after "
+                "mics.clip_grad_norm_"
+            )
+
+    def touchable(self) -> None:
+        """From now on `p.grad` is the user's."""
+        self._version = self.shards.gradient_version
 
     def use(self, index: int) -> None:
         """This parameter takes part in the next step."""
-        parameter = self.shards.parameters[index]
-        if parameter.requires_grad:
-            self.used[index] = True
-            parameter.grad = self.shards.grads[index]
+        self.used[index] = True
+        self.shards.parameters[index].grad = self.shards.grads[index]
 
     def hide(self) -> None:
         """Let an optimizer find no gradient."""
@@ -93,15 +109,22 @@ class Reducer:
         self._wire_dtype = precision.reduce
         self._wire = torch.empty(0)
         self._stepped = False
-        self.settled = False  # whether `_agree` has run since the last gradient came
-        self._some_idle: bool | None = None
+        self.settled = False  # whether all ranks have agreed since the last gradient came
+        self._answers: Answers | None = None
 
     def take(self, reduced: Reduced, grads: Sequence[torch.Tensor | None]) -> None:
         """Hop 1: add a backward's gradients to `sharded`, summed over the ranks that share a copy of it."""
-        overwrite = self._open(reduced, grads)
         shards = reduced.shards
-        present = [(grad, at) for grad, at in zip(grads, reduced.offsets, strict=True) if grad is not None]
-        tensors, offsets = [grad for grad, _ in present], [at for _, at in present]
+        present = [
+            index
+            for index, (grad, parameter) in enumerate(zip(grads, shards.parameters, strict=True))
+            if grad is not None and parameter.requires_grad  # it may have been frozen since
+        ]
+        if not present:
+            return
+        overwrite = self._open(reduced, present)
+        tensors = [grad for index in present if (grad := grads[index]) is not None]
+        offsets = [reduced.offsets[index] for index in present]
         early = self._mean if self._early else 1.0
         late = self._mean if not self._hop2 and not self._early else 1.0
         if overwrite and not self._hop1_travels:
@@ -131,46 +154,42 @@ class Reducer:
             job = named("hop 2", reduced.unit, self._ladder, lambda: self._climb_to_the_top(reduced.shards))
             reduced.latest = self._slow_lane.submit(job, after=[reduced.latest])
 
+    def ask(self) -> None:
+        """Begin to find the parameters that took part on any rank, so that all ranks update the same ones.
+
+        The backward of the last micro-step ends with this, and the answer travels beside hop 2.
+        """
+        self._answers = self._world.ask([used for reduced in self.all for used in reduced.used])
+
     def settle(self) -> list[Reduced]:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
         present = [reduced for reduced in self.all if reduced.gradient is not Gradient.NONE and not reduced.dropped()]
+        if self.settled:
+            return present
         for reduced in present:
+            reduced.check_untouched()
             if reduced.gradient is Gradient.SHARDED:
                 self.sync(reduced)
-        if not self.settled:
-            self._agree(present)
-            self.settled = True
+        if self._answers is None:
+            self.ask()
+        assert self._answers is not None
+        used = iter(self._answers.read())
+        for reduced in self.all:
+            mine = [bool(next(used)) for _ in reduced.used]
+            if reduced in present:
+                for index, wanted in enumerate(mine):
+                    if wanted and not reduced.used[index]:
+                        reduced.use(index)
         for reduced in present:
             reduced.latest.wait()
+            reduced.touchable()
+        self.settled, self._answers = True, None
         return present
 
-    def stepped(self) -> None:
-        """An optimizer has used the gradients: the next backward begins anew."""
-        self._stepped = True
-
-    def _agree(self, present: list[Reduced]) -> None:
-        """Find the parameters that took part on any rank, so that all ranks update the same ones.
-
-        In the first step, and from then on in every step if some took part nowhere: who has such a model pays for a
-        message of a byte per parameter. In other models a parameter that is missing on one rank counts as zero there.
-        """
-        if self._some_idle is not False:
-            flags = torch.tensor([used for reduced in self.all for used in reduced.used], dtype=torch.uint8)
-            self._world.any(flags)
-            self._some_idle = False
-            for reduced, mine in zip(self.all, torch.split(flags, [len(r.used) for r in self.all]), strict=True):
-                if reduced in present:
-                    self._use_all(reduced, mine.tolist())
-                    self._some_idle |= not mine.all()
-        else:
-            for reduced in present:
-                if not all(reduced.used):
-                    self._use_all(reduced, [1] * len(reduced.used))
-
-    def _use_all(self, reduced: Reduced, wanted: list[int]) -> None:
-        for index, (used, want) in enumerate(zip(reduced.used, wanted, strict=True)):
-            if want and not used:
-                reduced.use(index)
+    def stepped(self) -> bool:
+        """An optimizer has used the gradients: the next backward begins anew. False if another one had, too."""
+        first, self._stepped = not self._stepped, True
+        return first
 
     def _climb_to_the_top(self, shards: Shards) -> None:
         ladder, size, world = self._ladder, shards.layout.size, self._ladder.rungs.degrees[-1]
@@ -202,11 +221,11 @@ class Reducer:
         self._pack([sharded], wire, [0], 1.0)
         return wire
 
-    def _pack(self, tensors: list[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
+    def _pack(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
         self._tally.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
         pack(tensors, out, offsets, scale)
 
-    def _open(self, reduced: Reduced, grads: Sequence[torch.Tensor | None]) -> bool:
+    def _open(self, reduced: Reduced, present: Sequence[int]) -> bool:
         """Mark which parameters have a gradient; return whether it is the first since the last step."""
         if self._stepped:
             self._stepped = False
@@ -214,17 +233,21 @@ class Reducer:
                 other.forget()
         if reduced.dropped():
             reduced.forget()
-        first = reduced.gradient is Gradient.NONE
         if reduced.gradient is Gradient.SYNCED:
             raise LifecycleError(
                 f"backward: the gradient of {reduced.unit} was summed over all ranks already, so nothing can be added "
                 "to it: step or zero_grad first, and if one micro-batch takes several backwards, loop over the "
                 "micro-batches without mics.accumulate"
             )
+        first = reduced.gradient is Gradient.NONE
+        if first:
+            reduced.touchable()
+        else:
+            reduced.check_untouched()
         reduced.gradient = Gradient.SHARDED
-        self.settled = False
-        for index, grad in enumerate(grads):
-            if grad is not None and not reduced.used[index]:
+        self.settled, self._answers = False, None
+        for index in present:
+            if not reduced.used[index]:
                 reduced.use(index)
         return first
 

@@ -8,6 +8,7 @@ gatherer, reducer -> conductor    parameters on their way down, gradients on the
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -153,11 +154,13 @@ class Runtime:
 
     def hook(self) -> None:
         """Let the modules tell the conductor. The hooks keep the runtime alive, as long as there is a model."""
+        # torch.compile would trace hooks together with the module that they are on.
+        opaque: Callable[[Any], Any] = torch.compiler.disable
         for station in self.conductor.stations:
             module = station.module
-            module.register_forward_pre_hook(_before(self, station), prepend=True, with_kwargs=True)
+            module.register_forward_pre_hook(opaque(_before(self, station)), prepend=True, with_kwargs=True)
             # Always: a forward that raises, as a checkpoint's does when it has recomputed enough, leaves its unit, too.
-            module.register_forward_hook(_after(self, station), always_call=True)
+            module.register_forward_hook(opaque(_after(self, station)), always_call=True)
 
     @property
     def formula(self) -> Formula:
@@ -223,11 +226,10 @@ class Runtime:
 
     def stepped(self, present: list[Reduced]) -> None:
         """An optimizer has used the gradients."""
-        if self.conductor.scaling is not None:
+        if self.reducer.stepped() and self.conductor.scaling is not None:
             _, overflow = self._clipping.factor(present)
             assert overflow is not None
             self.conductor.scaling.update(overflow)
-        self.reducer.stepped()
 
 
 def _before(runtime: Runtime, station: Station) -> Any:

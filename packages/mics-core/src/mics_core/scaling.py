@@ -16,6 +16,7 @@ class Scaling:
     def __init__(self, rule: LossScale, device: torch.device) -> None:
         self._rule = rule
         self.scale = torch.full((), rule.initial, device=device)
+        self.entered = False  # whether a backward has begun at what `enlarge` returned
         self._good = torch.zeros((), device=device)  # steps since the scale last changed
 
     def enlarge(self, outputs: Any) -> Any:
@@ -36,6 +37,7 @@ class Scaling:
         return wide
 
     def _times_scale(self, grad: torch.Tensor) -> torch.Tensor:
+        self.entered = True
         return grad * self.scale
 
     @torch.no_grad()

@@ -53,10 +53,13 @@ class Shards:
         """What of each parameter lies in `master`."""
         self.parameters = [self._parameter(index, member.parameter) for index, member in enumerate(members)]
         if self.trained:
-            self.sharded = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
+            users = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
             begin, end = ladder.range(size, o, within=sharding.grads)
+            self.grads = [users[begin:end][first:last] for first, last in self.parts]
+            self._user_gradient = users
+            # Again, what we write does not count as the user's change.
+            self.sharded = users.data
             self.synced = self.sharded[begin:end]
-            self.grads = [self.synced[begin:end] for begin, end in self.parts]
         self._untouched = self.flat._version
         self.release()
 
@@ -94,6 +97,11 @@ class Shards:
             ):
                 skipped = max(0, first - slot.begin)
                 buffer[begin:end].copy_(value.reshape(-1)[skipped : skipped + end - begin])
+
+    @property
+    def gradient_version(self) -> int:
+        """A number that changes when someone else writes into `p.grad`."""
+        return self._user_gradient._version
 
     def refresh(self) -> None:
         """Round `master` into my part of `shard`."""

@@ -37,7 +37,9 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
         while batch is not _END:
             following = next(batches, _END)
             last = following is _END
-            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, runtime.world.ask(int(last)))
+            me = runtime.world.rank
+            answers = runtime.world.ask([last and rank == me for rank in range(runtime.world.size)])
+            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, answers)
             yield batch  # type: ignore[misc]
             batch = following
     finally:

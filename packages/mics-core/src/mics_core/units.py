@@ -10,6 +10,9 @@ from torch import nn
 
 from mics_core.errors import ConfigError
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that are never called."""
+
 UnitRule = Sequence[type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 
@@ -85,8 +88,7 @@ def _chosen(model: nn.Module, rule: UnitRule | None) -> dict[str, nn.Module]:
         inner = [
             (name, module)
             for name, module in inner
-            if name.rpartition(".")[0] in lists
-            and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # containers are never called
+            if name.rpartition(".")[0] in lists and not isinstance(module, _CONTAINERS)
         ]
     elif callable(rule):
         inner = [(name, module) for name, module in inner if rule(name, module)]
