@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mics_core.comm import World
-from mics_core.ladder import Ladder
+from mics_core.ladder import Ladder, Route
 from mics_core.ledger import Tally
 from mics_core.sharding import Sharding
 from mics_core.topology import Rungs, Topology
@@ -26,7 +26,7 @@ class Case:
 
     def ladder(self) -> tuple[Ladder, Tally]:
         tally = Tally()
-        return Ladder(Rungs.of(self.sharding, Topology(self.world, self.per_node)), World(None), tally), tally
+        return Ladder(Rungs.of(self.sharding, Topology(self.world, self.per_node)), self.sharding, World(None), tally), tally
 
     def partial(self, rank: int) -> torch.Tensor:
         """What one rank contributes."""
@@ -46,7 +46,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     buffer = case.partial(rank)
     below = 1
     for degree in ladder.rungs.degrees:
-        parts = ladder.climb("up", buffer, below, degree)
+        parts = ladder.climb(Route.SLOW, "up", buffer, below, degree)
         piece = torch.empty(size // degree, dtype=case.dtype)
         accumulate(piece, parts, overwrite=True)
         begin, end = ladder.range(size, degree)
@@ -61,7 +61,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
-        ladder.descend("down", buffer, whole, high, degree)
+        ladder.descend(Route.SLOW, "down", buffer, whole, high, degree)
         result[f"descend to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
@@ -73,11 +73,11 @@ def straight_down_and_up(case: Case) -> dict[str, bool]:
     size = case.size
     top = ladder.rungs.degrees[-1]
     buffer = case.partial(ladder.rank)
-    parts = ladder.climb("up", buffer, 1, top)
+    parts = ladder.climb(Route.SLOW, "up", buffer, 1, top)
     begin, end = ladder.range(size, top)
     mine = buffer[begin:end]
     accumulate(mine, parts, overwrite=True)
-    ladder.descend("down", mine, buffer, top, 1)
+    ladder.descend(Route.SLOW, "down", mine, buffer, top, 1)
     sent = {action: sum(t.bytes for (name, _), t in tally.links.items() if name == action) for action in ("up", "down")}
     # However many rungs: each rank sends what it does not keep, and what the others do not have, once.
     least = (case.world - 1) * case.pieces * buffer.itemsize

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.ladder import Ladder
+from mics_core.ladder import Ladder, Route
 from mics_core.ledger import Traffic
 
 WIDTH, BLOCKS = 32, 4
@@ -144,15 +144,15 @@ def slow(seconds: float, *actions: str) -> Iterator[None]:
     """Let these transfers take so much longer."""
     descend, climb = Ladder.descend, Ladder.climb
 
-    def slow_descend(self: Ladder, action: str, *args: object) -> None:
+    def slow_descend(self: Ladder, route: Route, action: str, *args: object) -> None:
         if action in actions:
             time.sleep(seconds)
-        descend(self, action, *args)  # type: ignore[arg-type]
+        descend(self, route, action, *args)  # type: ignore[arg-type]
 
-    def slow_climb(self: Ladder, action: str, *args: object) -> list[Tensor]:
+    def slow_climb(self: Ladder, route: Route, action: str, *args: object) -> list[Tensor]:
         if action in actions:
             time.sleep(seconds)
-        return climb(self, action, *args)  # type: ignore[arg-type]
+        return climb(self, route, action, *args)  # type: ignore[arg-type]
 
     Ladder.descend, Ladder.climb = slow_descend, slow_climb  # type: ignore[method-assign,assignment]
     try:

@@ -76,6 +76,11 @@ def _checked_units(model: nn.Module, sharding: Sharding, precision: Precision, r
                     f"shard: {name} is a {type(module).__name__}, whose running statistics are buffers in float32, and "
                     f"torch has none that computes in {precision.compute} with them: use GroupNorm or Precision.fp32()"
                 )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ConfigError(
+                f"shard: {name} makes sparse gradients, which have no place in a flat buffer: sparse=False"
+            )
     units = find(model, rule)
     for unit in units:
         for member in (*unit.trained, *unit.frozen):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mics_core.errors import ConfigError, LifecycleError
+from mics_core.lanes import Lane, lane
 
 ProcessGroup = dist.ProcessGroup
 
@@ -102,6 +103,13 @@ class World:
             dist.broadcast(pass_on, group_src=0, group=self._control)
             flat.copy_(pass_on)
 
+    def lane(self, name: str, *, urgent: bool = False) -> Lane:
+        """The lane of this name."""
+        _forget_old_world()
+        if name not in _lanes:
+            _lanes[name] = lane(f"mics {name}", self.device, urgent=urgent)
+        return _lanes[name]
+
     def group(self, members: Sequence[int], name: str) -> Group:
         """The group of these members of this world; all of them must ask for it, in the same order of groups."""
         ranks = tuple(self.ranks[member] for member in members)
@@ -111,16 +119,24 @@ class World:
         return _HostGroup(seat, _subgroup(ranks, name, "gloo"))
 
 
+# Shared by all models: a group costs sockets or GPU memory. What a group carries is told apart by its order alone, so a
+# group belongs to one lane, and a lane is one queue for all models.
 _subgroups: dict[tuple[tuple[int, ...], str], ProcessGroup] = {}
-_parent: ProcessGroup | None = None  # of all of `_subgroups`
+_lanes: dict[str, Lane] = {}
+_parent: ProcessGroup | None = None  # the world that these are for
+
+
+def _forget_old_world() -> None:
+    global _parent
+    if dist.group.WORLD is not _parent:  # it was destroyed
+        _subgroups.clear()
+        _lanes.clear()
+        _parent = dist.group.WORLD
 
 
 def _subgroup(ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
-    """A process group for one purpose. Models that are cut alike share it: a group costs sockets or GPU memory."""
-    global _parent
-    if dist.group.WORLD is not _parent:
-        _subgroups.clear()  # their world was destroyed
-        _parent = dist.group.WORLD
+    """A process group for one purpose."""
+    _forget_old_world()
     if (ranks, name) not in _subgroups:
         _subgroups[ranks, name] = dist.new_group(
             list(ranks),

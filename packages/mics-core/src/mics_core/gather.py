@@ -9,12 +9,12 @@ With P = 1 a unit rests whole: it is HERE, and COMING while the optimizer's new 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import Enum
 
 from mics_core.errors import LifecycleError
-from mics_core.ladder import Ladder
-from mics_core.lanes import DONE, Lane, Ticket
+from mics_core.ladder import Ladder, Route
+from mics_core.lanes import DONE, Ticket
 from mics_core.sharding import Sharding
 from mics_core.shards import Shards
 
@@ -44,11 +44,9 @@ class Gathered:
 class Gatherer:
     """Gathers and releases the units of a model, within a budget of bytes for what is gathered ahead."""
 
-    def __init__(self, ladder: Ladder, sharding: Sharding, lane: Lane, slow_lane: Lane, budget: int) -> None:
+    def __init__(self, ladder: Ladder, sharding: Sharding, budget: int) -> None:
         self._ladder = ladder
         self._sharding = sharding
-        self._lane = lane
-        self._slow_lane = slow_lane
         self.budget = budget
         self.travels = sharding.params > 1  # else whole units are at home
         self.ahead = 0  # bytes of units that are not AWAY although nobody uses them
@@ -113,9 +111,9 @@ class Gatherer:
         def descend() -> None:
             for part in gathered.shards:
                 if part.trained:
-                    self._ladder.descend("refresh", part.refreshed, part.shard, high, low)
+                    self._ladder.descend(Route.SLOW, "refresh", part.refreshed, part.shard, high, low)
 
-        gathered.refreshed = self._slow_lane.submit(named("refresh", gathered.unit, self._ladder, descend))
+        gathered.refreshed = self._ladder.send(Route.SLOW, f"refresh of {gathered.unit}", descend)
         if gathered.rests:
             gathered.arrival = gathered.refreshed
             gathered.residence = Residence.COMING
@@ -126,22 +124,11 @@ class Gatherer:
 
         def descend() -> None:
             for part in gathered.shards:
-                self._ladder.descend("gather", part.shard, part.incoming, self._sharding.params, 1)
+                self._ladder.descend(Route.GATHER, "gather", part.shard, part.incoming, self._sharding.params, 1)
 
-        job = named("gather", gathered.unit, self._ladder, descend)
-        gathered.arrival = self._lane.submit(job, after=[gathered.refreshed])
+        gathered.arrival = self._ladder.send(
+            Route.GATHER, f"gather of {gathered.unit}", descend, after=[gathered.refreshed]
+        )
         gathered.residence = Residence.COMING
         self.bytes += gathered.bytes
         self.peak = max(self.peak, self.bytes)
-
-
-def named(action: str, unit: str, ladder: Ladder, job: Callable[[], None]) -> Callable[[], None]:
-    """The job, whose errors say what it was for."""
-
-    def run() -> None:
-        try:
-            job()
-        except RuntimeError as error:
-            raise RuntimeError(f"{action} of {unit} failed on rank {ladder.rank}: {error}") from error
-
-    return run

@@ -9,27 +9,55 @@ Both directions work in place: my piece at a degree is a range of my piece at an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from enum import Enum
+
 import torch
 
 from mics_core.comm import World
+from mics_core.lanes import Ticket
 from mics_core.ledger import Tally
+from mics_core.sharding import Sharding
 from mics_core.topology import Rungs
 from mics_kernels import accumulate
 
 
-class Ladder:
-    """The rungs of a sharding, with a process group for each step and direction that this rank takes part in."""
+class Route(Enum):
+    """What goes side by side: each route has a lane, and groups that nothing else uses."""
 
-    def __init__(self, rungs: Rungs, world: World, tally: Tally) -> None:
+    GATHER = "gather"
+    HOP1 = "hop 1"
+    SLOW = "slow"  # refresh, hop 2, sync, and whatever is rare
+
+
+class Ladder:
+    """The rungs of a sharding, with a lane for each route and a process group for each of its steps on this rank."""
+
+    def __init__(self, rungs: Rungs, sharding: Sharding, world: World, tally: Tally) -> None:
         self.rungs = rungs
         self.rank = world.rank
         self._tally = tally
-        self._names = [rungs.name(step) for step in range(len(rungs.degrees) - 1)]
-        # A group for each direction: the next unit's parameters must not wait behind this unit's gradients.
-        self._down, self._up = (
-            [world.group(rungs.peers(self.rank, step), f"{name} {way}") for step, name in enumerate(self._names)]
-            for way in ("down", "up")
-        )
+        self._names = [rungs.name(step) for step in rungs.steps(1, world.size)]
+        self._lanes = {route: world.lane(route.value, urgent=route is Route.GATHER) for route in Route}
+        heights = {Route.GATHER: sharding.params, Route.HOP1: sharding.grads, Route.SLOW: world.size}
+        self._groups = {
+            route: [
+                world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {route.value}")
+                for step in rungs.steps(1, height)
+            ]
+            for route, height in heights.items()
+        }
+
+    def send(self, route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
+        """Do a job that uses a route's groups, after all before it on this route; its errors tell what it was."""
+
+        def named() -> None:
+            try:
+                job()
+            except RuntimeError as error:
+                raise RuntimeError(f"{what} failed on rank {self.rank}: {error}") from error
+
+        return self._lanes[route].submit(named, after)
 
     def range(self, size: int, degree: int, within: int = 1) -> tuple[int, int]:
         """Where my piece of a flat buffer of `size` elements lies, counted from my piece at the degree `within`."""
@@ -38,15 +66,15 @@ class Ladder:
         begin -= self.rungs.piece(self.rank, within) * (size // within)
         return begin, begin + length
 
-    def descend(self, action: str, piece: torch.Tensor, whole: torch.Tensor, high: int, low: int) -> None:
+    def descend(self, route: Route, action: str, piece: torch.Tensor, whole: torch.Tensor, high: int, low: int) -> None:
         """Gather my piece at degree `low`, `whole`, from everyone's at degree `high`; `piece` may lie in it."""
         for step in reversed(self.rungs.steps(low, high)):
             begin, end = self.range(whole.numel() * low, self.rungs.degrees[step], within=low)
             self._count(action, step, piece)
-            self._down[step].gather(whole[begin:end], piece)
+            self._groups[route][step].gather(whole[begin:end], piece)
             piece = whole[begin:end]
 
-    def climb(self, action: str, buffer: torch.Tensor, low: int, high: int) -> list[torch.Tensor]:
+    def climb(self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int) -> list[torch.Tensor]:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
 
         The last addition is left to the caller, who knows where the sum is wanted. Overwrites `buffer`.
@@ -56,7 +84,7 @@ class Ladder:
             if len(parts) > 1:
                 self._tally.reduced(buffer, parts)
                 accumulate(buffer, parts, overwrite=True)
-            group = self._up[step]
+            group = self._groups[route][step]
             parts = group.exchange(buffer)
             buffer = buffer.view(len(group.seat.ranks), -1)[group.seat.index]
             self._count(action, step, buffer)
@@ -65,21 +93,23 @@ class Ladder:
     def total(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
         """The sum of a few numbers over the ranks that hold one copy of a state, the same bits on all of them."""
         for step in self.rungs.steps(1, degree):
-            group = self._up[step]
-            everyone = numbers.new_empty((len(group.seat.ranks), numbers.numel()))
-            group.gather(everyone.view(-1), numbers)
-            numbers = everyone.sum(0)
+            numbers = self._everyone(step, numbers.view(1, -1)).sum(0)
         return numbers
 
     def compare(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
         """A few numbers of every rank that holds the same piece as I do, one row each, in the order of ranks."""
         rows = numbers.view(1, -1)
         for step in self.rungs.steps(degree, self.rungs.degrees[-1]):
-            group = self._up[step]
-            everyone = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
-            group.gather(everyone.view(-1), rows.reshape(-1))
-            rows = everyone
+            rows = self._everyone(step, rows)
         return rows
 
+    def _everyone(self, step: int, rows: torch.Tensor) -> torch.Tensor:
+        group = self._groups[Route.SLOW][step]
+        gathered = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
+        self.send(Route.SLOW, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1))).wait()
+        return gathered
+
     def _count(self, action: str, step: int, piece: torch.Tensor) -> None:
-        self._tally.sent(action, self._names[step], (len(self._up[step].seat.ranks) - 1) * piece.nbytes)
+        self._tally.sent(
+            action, self._names[step], (self.rungs.degrees[step + 1] // self.rungs.degrees[step] - 1) * piece.nbytes
+        )

@@ -10,6 +10,7 @@ would keep itself alive.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any
@@ -53,8 +54,21 @@ class Station:
         self.gathered = gathered
         self.reduced = reduced
         self.places = [(part, Places(part)) for part in gathered.shards]
+        self._keeps: list[tuple[dict[str, Any], str]] | None = None
         self.awaited = 0  # backwards that the forwards of this pass have announced
         self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
+
+    def left_behind(self) -> Iterator[torch.Tensor]:
+        """Tensors with a graph that the unit's modules keep in attributes, such as a second loss.
+
+        The first forward looks everywhere, later ones where it found some.
+        """
+        if self._keeps is None:
+            attributes = ((vars(module), name) for module in self.module.modules() for name in list(vars(module)))
+            self._keeps = [(kept, name) for kept, name in attributes if _has_graph(kept[name])]
+        for kept, name in self._keeps:
+            if _has_graph(kept.get(name)):
+                yield kept[name]
 
     def check_frozen(self) -> None:
         """Raise if a parameter that was frozen when the model was cut is to be trained now."""
@@ -138,6 +152,8 @@ class Conductor:
             else:
                 places.set(part.views)
         inputs = None
+        if station.number == 0 and self.scaling is not None:
+            args, kwargs = self.scaling.shrink((args, kwargs))
         if station.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if station.reduced is None and differentiated and station.places:
@@ -152,7 +168,8 @@ class Conductor:
         changed = None
         if station.number == 0 and self.scaling is not None and outputs is not None:
             outputs = changed = self.scaling.enlarge(outputs)
-        if torch.is_grad_enabled() and outputs is not None:
+        raised = outputs is None and sys.exception() is not None
+        if torch.is_grad_enabled() and not raised:
             self._watch_outputs(station, outputs, whole)
         self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
         if not again:
@@ -336,7 +353,7 @@ class Conductor:
                 self.before_backward(station, whole)
 
         found = False
-        for tensor in trees.tensors(outputs):
+        for tensor in (*trees.tensors(outputs), *station.left_behind()):
             found = True
             if tensor.requires_grad:
                 tensor.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -360,6 +377,10 @@ class Conductor:
 
         for tensor in watched:
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _has_graph(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
 
 
 def _task() -> int:

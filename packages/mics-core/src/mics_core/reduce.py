@@ -14,9 +14,8 @@ import torch
 
 from mics_core.comm import Answers, World
 from mics_core.errors import LifecycleError
-from mics_core.gather import named
-from mics_core.ladder import Ladder
-from mics_core.lanes import DONE, Lane, Ticket
+from mics_core.ladder import Ladder, Route
+from mics_core.lanes import DONE, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Precision, Sharding
 from mics_core.shards import Shards
@@ -91,14 +90,12 @@ class Reducer:
         ladder: Ladder,
         sharding: Sharding,
         precision: Precision,
-        lanes: tuple[Lane, Lane],
         tally: Tally,
     ) -> None:
         self.all = everything
         self._world = world
         self._ladder = ladder
         self._degrees = sharding
-        self._lane, self._slow_lane = lanes
         self._tally = tally
         self._mean = 1 / world.size
         # float16 overflows in a sum over many ranks, so there the division comes before; else it comes last, once.
@@ -135,13 +132,13 @@ class Reducer:
         self._pack(tensors, buffer, offsets, early)
 
         def climb() -> None:
-            parts = self._ladder.climb("hop 1", buffer, 1, self._degrees.grads)
+            parts = self._ladder.climb(Route.HOP1, "hop 1", buffer, 1, self._degrees.grads)
             self._tally.added(shards.sharded, parts, overwrite=overwrite)
             accumulate(shards.sharded, parts, late, overwrite=overwrite)
 
         if self._hop1_travels:
-            job = named("hop 1", reduced.unit, self._ladder, climb)
-            reduced.latest = self._lane.submit(job, after=[reduced.latest])
+            what = f"hop 1 of {reduced.unit}"
+            reduced.latest = self._ladder.send(Route.HOP1, what, climb, after=[reduced.latest])
             self._staging.busy_until(reduced.latest)
         else:
             reduced.latest.wait()
@@ -151,8 +148,10 @@ class Reducer:
         """Hop 2: from the sum over the ranks that share a copy to the mean over all."""
         reduced.gradient = Gradient.SYNCED
         if self._hop2:
-            job = named("hop 2", reduced.unit, self._ladder, lambda: self._climb_to_the_top(reduced.shards))
-            reduced.latest = self._slow_lane.submit(job, after=[reduced.latest])
+            what, shards = f"hop 2 of {reduced.unit}", reduced.shards
+            reduced.latest = self._ladder.send(
+                Route.SLOW, what, lambda: self._climb_to_the_top(shards), after=[reduced.latest]
+            )
 
     def ask(self) -> None:
         """Begin to find the parameters that took part on any rank, so that all ranks update the same ones.
@@ -196,7 +195,7 @@ class Reducer:
         low, optimizer = self._degrees.grads, self._degrees.optimizer
         late = 1.0 if self._early else self._mean
         wire = self._to_wire(shards.sharded)
-        parts = ladder.climb("hop 2", wire, low, world)
+        parts = ladder.climb(Route.SLOW, "hop 2", wire, low, world)
         if optimizer == world:
             self._tally.added(shards.synced, parts, overwrite=True)
             accumulate(shards.synced, parts, late, overwrite=True)
@@ -206,7 +205,7 @@ class Reducer:
         self._tally.added(mine, parts, overwrite=True)
         accumulate(mine, parts, late, overwrite=True)
         begin, end = ladder.range(size, optimizer, within=low)
-        ladder.descend("sync", mine, wire[begin:end], world, optimizer)
+        ladder.descend(Route.SLOW, "sync", mine, wire[begin:end], world, optimizer)
         if wire is not shards.sharded:
             self._tally.added(shards.synced, [wire[begin:end]], overwrite=True)
             accumulate(shards.synced, [wire[begin:end]], overwrite=True)

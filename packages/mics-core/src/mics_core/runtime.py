@@ -19,7 +19,6 @@ from mics_core.clipping import Clipping
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
 from mics_core.ladder import Ladder
-from mics_core.lanes import lane
 from mics_core.ledger import Formula, Tally, UnitSize
 from mics_core.lifecycle import Conductor, Station
 from mics_core.places import Places
@@ -62,7 +61,7 @@ def shard(
     precision = precision or Precision.fp32()
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, world)
     tally = Tally()
-    ladder = Ladder(rungs, world, tally)
+    ladder = Ladder(rungs, sharding, world, tally)
     cutter = _Cutter(model, sharding, precision, ladder, world)
     # Popped one by one: a unit's whole parameters are freed as soon as it is cut.
     stations = [cutter.station(number, found.pop(0)) for number in range(len(found))]
@@ -74,12 +73,11 @@ def shard(
         ladder,
         sharding,
         precision,
-        (lane("mics hop 1", world.device), slow := lane("mics between replicas", world.device)),
         tally,
     )
     if prefetch_bytes is None:
         prefetch_bytes = max(station.gathered.bytes for station in stations)
-    gatherer = Gatherer(ladder, sharding, lane("mics gather", world.device, urgent=True), slow, prefetch_bytes)
+    gatherer = Gatherer(ladder, sharding, prefetch_bytes)
     scaling = Scaling(precision.loss_scale, world.device) if precision.loss_scale else None
     conductor = Conductor(stations, gatherer, reducer, precision.compute, scaling)
     clipping = Clipping(ladder, sharding.optimizer, scaling, tally, world.device)
@@ -233,7 +231,12 @@ class Runtime:
 
 
 def _before(runtime: Runtime, station: Station) -> Any:
-    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is not station.module:
+            raise LifecycleError(
+                f"{station.gathered.unit}: this {type(module).__name__} is a copy of a sharded model's, which has no "
+                "memory of its own: copy the model before mics.shard, or its weights inside mics.full_params"
+            )
         return runtime.conductor.before_forward(station, args, kwargs)
 
     return before

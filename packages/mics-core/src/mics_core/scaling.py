@@ -26,6 +26,17 @@ class Scaling:
         """
         return trees.convert(outputs, self._enlarge)
 
+    def shrink(self, inputs: Any) -> Any:
+        """The model's inputs, whose gradients leave the backward without the scale."""
+        return trees.convert(inputs, self._shrink)
+
+    def _shrink(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad or not torch.is_grad_enabled():
+            return tensor
+        passed = tensor.view_as(tensor)  # what else the caller does with it has gradients of its own
+        passed.register_hook(lambda grad: grad / self.scale)  # type: ignore[no-untyped-call]
+        return passed
+
     def _enlarge(self, output: torch.Tensor) -> torch.Tensor:
         if not output.is_floating_point():
             return output

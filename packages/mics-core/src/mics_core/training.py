@@ -11,6 +11,7 @@ from torch import nn
 
 from mics_core import registry
 from mics_core.fingerprint import fingerprint
+from mics_core.ladder import Route
 from mics_core.ledger import Ledger
 from mics_core.lifecycle import MicroStep
 from mics_core.places import Places
@@ -100,7 +101,10 @@ def _gather_master(runtime: Runtime, part: Shards) -> torch.Tensor:
     degree = runtime.sharding.optimizer if part.trained else runtime.sharding.params
     flat = part.master.new_empty(part.layout.size)
     flat[slice(*runtime.ladder.range(part.layout.size, degree))] = part.master
-    runtime.ladder.descend("full", part.master, flat, degree, 1)
+    ladder = runtime.ladder
+    ladder.send(
+        Route.SLOW, "full_params", lambda: ladder.descend(Route.SLOW, "full", part.master, flat, degree, 1)
+    ).wait()
     return flat
 
 
