@@ -6,8 +6,8 @@ PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
-.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels \
-	gpu-check pretrain dist lock clean
+.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels bench-host bench-links \
+	bench-peers gpu-check pretrain dist lock clean
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,10 +46,19 @@ format: setup ## Format the code and repair what the linter can.
 	@$(PY) -m ruff check --fix-only
 	@$(PY) -m ruff format
 
-bench: bench-kernels ## Run every benchmark there is; today the kernels'.
+bench: bench-host bench-links bench-peers bench-kernels ## Run every benchmark there is.
 
 bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
 	@$(PY) -m bench.kernels $(ARGS)
+
+bench-host: setup ## Measure what the runtime costs the host for each unit, against FSDP2.
+	@$(PY) -m bench.host $(ARGS)
+
+bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root).
+	@$(PY) -m bench.links $(ARGS)
+
+bench-peers: setup ## Measure a training step on emulated nodes against FSDP2 (needs root).
+	@$(PY) -m bench.peers $(ARGS)
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
 gpu-check: ## Run the GPU tests and kernel benchmarks, without a set-up where PYTHON has all they need.

@@ -26,7 +26,8 @@ class Case:
 
     def ladder(self) -> tuple[Ladder, Tally]:
         tally = Tally()
-        return Ladder(Rungs.of(self.sharding, Topology(self.world, self.per_node)), self.sharding, World(None), tally), tally
+        rungs = Rungs.of(self.sharding, Topology(self.world, self.per_node))
+        return Ladder(rungs, self.sharding, World(None), tally), tally
 
     def partial(self, rank: int) -> torch.Tensor:
         """What one rank contributes."""

@@ -1,4 +1,4 @@
-"""What the tests of the runtime's accounts ask ranks to do: train a small model, and tell what moved and what was held."""
+"""What the tests of the runtime's accounts ask ranks to do: train a small model, and tell what moved and was held."""
 
 import gc
 import time

@@ -34,27 +34,28 @@ def draw(unit: Unit, model: nn.Module, device: torch.device, seed: int) -> None:
             _draw_module(module, device, seed + number)
 
 
-def bring_buffers(model: nn.Module, world: World, seed: int) -> None:
-    """Put all buffers on the device, drawn if they are on the meta device, and the same on all ranks."""
+def bring_buffers(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Put all buffers on the device, drawn if they are on the meta device; they stay whole on every rank."""
     for number, module in enumerate(model.modules()):
         if _on_meta(module):
-            _draw_module(module, world.device, seed + number)
+            _draw_module(module, device, seed + number)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(world.device)
-    make_equal(list(model.buffers()), world)
+                module._buffers[name] = buffer.to(device)
 
 
-def whole_values(members: Sequence[Member], world: World) -> list[torch.Tensor]:
-    """The members' values, whole, on the device, and the same on all ranks."""
-    values = [_present(member).detach().to(world.device) for member in members]
-    make_equal(values, world)
-    return values
+def whole_values(members: Sequence[Member], device: torch.device) -> list[torch.Tensor]:
+    """The members' values, whole, on the device."""
+    return [_present(member).detach().to(device) for member in members]
 
 
 @torch.no_grad()
-def make_equal(tensors: list[torch.Tensor], world: World) -> None:
-    """Give every rank rank 0's values where any rank's differ, as DDP does."""
+def make_equal(model: nn.Module, world: World) -> None:
+    """Give every rank rank 0's parameters and buffers where any rank's differ, as DDP does.
+
+    What is on the meta device will be drawn alike.
+    """
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
     if world.size == 1 or not tensors:
         return
     sums = world.tell([fingerprint(tensor).tolist() for tensor in tensors])

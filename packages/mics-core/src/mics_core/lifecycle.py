@@ -16,7 +16,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
 
 from mics_core import trees
 from mics_core.autograd import whole
@@ -24,9 +23,9 @@ from mics_core.comm import Answers
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
 from mics_core.order import Order, Use, Way
-from mics_core.places import Places
-from mics_core.reduce import Gradient, Reduced, Reducer
+from mics_core.reduce import Gradient, Reducer
 from mics_core.scaling import Scaling
+from mics_core.station import Station
 
 
 class Phase(Enum):
@@ -43,51 +42,6 @@ class MicroStep(Enum):
     UNMARKED = "unmarked"
     MORE_FOLLOW = "more follow"
     LAST = "last"
-
-
-class Station:
-    """A unit under the conductor: its memory, its gradient, and the places where its modules look for parameters."""
-
-    def __init__(self, number: int, module: nn.Module, gathered: Gathered, reduced: Reduced | None) -> None:
-        self.number = number
-        self.module = module
-        self.gathered = gathered
-        self.reduced = reduced
-        self.places = [(part, Places(part)) for part in gathered.shards]
-        self._keeps: list[tuple[dict[str, Any], str]] | None = None
-        self.awaited = 0  # backwards that the forwards of this pass have announced
-        self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
-
-    def left_behind(self) -> Iterator[torch.Tensor]:
-        """Tensors with a graph that the unit's modules keep in attributes, such as a second loss.
-
-        The first forward looks everywhere, later ones where it found some.
-        """
-        if self._keeps is None:
-            attributes = ((vars(module), name) for module in self.module.modules() for name in list(vars(module)))
-            self._keeps = [(kept, name) for kept, name in attributes if _has_graph(kept[name])]
-        for kept, name in self._keeps:
-            if _has_graph(kept.get(name)):
-                yield kept[name]
-
-    def check_frozen(self) -> None:
-        """Raise if a parameter that was frozen when the model was cut is to be trained now."""
-        for part, _ in self.places:
-            if not part.trained and any(parameter.requires_grad for parameter in part.parameters):
-                raise LifecycleError(
-                    f"{self.gathered.unit}: a parameter that was frozen at mics.shard requires a gradient now, and "
-                    "has no memory for one: let it require gradients before mics.shard, and freeze it after"
-                )
-
-    def clear(self) -> None:
-        """Let modules see what they saw before, and raise if someone wrote into the whole parameters."""
-        for part, places in self.places:
-            places.clear()
-            if part.changed():
-                raise LifecycleError(
-                    f"{self.gathered.unit}: a parameter was changed in place while it was gathered, and the change "
-                    "would be lost: change parameters inside `with mics.full_params(model)`"
-                )
 
 
 class Conductor:
@@ -115,6 +69,7 @@ class Conductor:
         self._open = 0  # forwards under way
         self._passes = 0  # backwards so far
         self._taken: list[tuple[Station, int]] = []  # by this backward and not left yet, with autograd's task
+        self._unannounced = False  # whether a backward recomputes units without any of their outputs having told of it
         self._received = False  # whether this backward brought a gradient
         self._finished: list[Station] = []  # those of them whose gradients are there
         self._anchor = torch.empty(0, requires_grad=True)
@@ -125,6 +80,7 @@ class Conductor:
         """`accumulate` says which micro-step comes, and has asked the other ranks whether theirs is the last, too."""
         self.micro_step = micro_step
         self._question = question
+        self._unannounced = False
 
     def busy(self) -> bool:
         """Whether a forward or backward is under way."""
@@ -137,6 +93,7 @@ class Conductor:
     def before_forward(self, station: Station, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Gather the unit and put its whole parameters in place; return changed inputs, if they are to change."""
         again = self._recomputing()
+        self._unannounced |= again and self.phase is Phase.REST
         differentiated = torch.is_grad_enabled()
         if not again:
             self._enter(station, differentiated)
@@ -236,6 +193,12 @@ class Conductor:
                     "micro-batch and the others are not: give every rank equally many"
                 )
 
+    def _is_last(self) -> bool:
+        """Whether no gradients come after those of this backward."""
+        # A reentrant checkpoint runs a backward for each part of a model that is not called as a whole: nobody
+        # knows how many follow, so gradients wait for the clip or step.
+        return self.micro_step is MicroStep.LAST and not self._unannounced
+
     def _check_scaled(self) -> None:
         """Raise if gradients came that the loss scale has not enlarged: they would be made too small."""
         if self.scaling is not None and not self.scaling.entered:
@@ -264,7 +227,7 @@ class Conductor:
                 self._check_scaled()
                 self._received = True
                 self.reducer.take(reduced, grads)
-                if self.micro_step is MicroStep.LAST and station.awaited == 0:
+                if self._is_last() and station.awaited == 0:
                     self.reducer.sync(reduced)
 
         return finish
@@ -280,7 +243,7 @@ class Conductor:
             self._fetch()
         else:
             self._drop_fetched()
-        last = self.micro_step is MicroStep.LAST and self._received
+        last = self._is_last() and self._received
         for station in self.stations:
             station.awaited = 0
             if last and station.reduced is not None and station.reduced.gradient is Gradient.SHARDED:
@@ -377,10 +340,6 @@ class Conductor:
 
         for tensor in watched:
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-
-
-def _has_graph(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.grad_fn is not None
 
 
 def _task() -> int:

@@ -20,12 +20,13 @@ from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
 from mics_core.ladder import Ladder
 from mics_core.ledger import Formula, Tally, UnitSize
-from mics_core.lifecycle import Conductor, Station
+from mics_core.lifecycle import Conductor
 from mics_core.places import Places
 from mics_core.reduce import Reduced, Reducer
 from mics_core.scaling import Scaling
 from mics_core.sharding import Precision, Sharding
 from mics_core.shards import Shards
+from mics_core.station import Station
 from mics_core.units import Unit, UnitRule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,7 @@ def shard(
     world = comm.World(group)
     precision = precision or Precision.fp32()
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, world)
+    initialise.make_equal(model, world)
     tally = Tally()
     ladder = Ladder(rungs, sharding, world, tally)
     cutter = _Cutter(model, sharding, precision, ladder, world)
@@ -108,7 +110,7 @@ class _Cutter:
         parts = []
         for members in (unit.trained, unit.frozen):
             if members:
-                values = initialise.whole_values(members, self._world)
+                values = initialise.whole_values(members, self._world.device)
                 part = Shards(members, self._sharding, self._precision, self._ladder, self._world.device)
                 part.fill(values)
                 Places(part).register()
@@ -118,8 +120,8 @@ class _Cutter:
         return Station(number, unit.module, Gathered(str(unit), parts), reduced)
 
     def bring_buffers(self) -> None:
-        """Buffers stay whole on every rank: on the device, and rank 0's values everywhere."""
-        initialise.bring_buffers(self._model, self._world, self._seed)
+        """Buffers stay whole on every rank."""
+        initialise.bring_buffers(self._model, self._world.device, self._seed)
 
 
 class Runtime:

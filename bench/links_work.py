@@ -1,0 +1,76 @@
+"""What links.py runs on every rank: the ladder's transfers between nodes, one after the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+import mics_core as mics
+from mics_core.comm import World
+from mics_core.ladder import Ladder, Route
+from mics_core.ledger import Tally
+from mics_core.topology import Rungs, Topology
+from mics_kernels import accumulate
+
+REPEATS = 4  # transfers behind each other, as a step's units are
+ROUNDS = 5
+
+
+def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
+    """Each transfer, of a buffer of so many elements a rank, and the bytes that a rank sends in it."""
+    world, tally = World(None), Tally()
+    top = world.size
+    sharding = mics.Sharding(per_node, per_node, per_node)
+    ladder = Ladder(Rungs.of(sharding, Topology(top, per_node)), sharding, world, tally)
+    buffer = torch.zeros(elements)
+    begin, end = ladder.range(elements * per_node, top, within=per_node)
+    mine = buffer[begin:end]
+
+    def descend() -> None:
+        ladder.descend(Route.SLOW, "descend", mine, buffer, top, per_node)
+
+    def climb() -> None:
+        accumulate(mine, ladder.climb(Route.SLOW, "climb", buffer, per_node, top), overwrite=True)
+
+    def sync() -> None:
+        climb()
+        descend()
+
+    actions = {"descend": descend, "climb": climb, "sync": sync}
+    sent = {}
+    for name, action in actions.items():
+        tally.links.clear()
+        action()
+        sent[name] = sum(traffic.bytes for traffic in tally.links.values())
+    return actions, sent
+
+
+def main(megabytes: float, per_node: int) -> None:
+    mics.init()
+    torch.set_num_threads(1)
+    multiple = 64 * dist.get_world_size()
+    elements = round(megabytes * 1e6 / 4) // multiple * multiple
+    actions, sent = transfers(elements, per_node)
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for name, action in actions.items():
+                dist.barrier()
+                begun = time.perf_counter()
+                for _ in range(REPEATS):
+                    action()
+                passed = torch.tensor((time.perf_counter() - begun) / REPEATS)
+                dist.all_reduce(passed, dist.ReduceOp.MAX)
+                seconds[name].append(passed.item())
+    if dist.get_rank() == 0:
+        print("RESULT", json.dumps({"seconds": seconds, "sent_by_node": {n: s * per_node for n, s in sent.items()}}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,63 @@
+"""A unit as the conductor sees it: its memory, its gradient, and the places where its modules look for parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics_core.errors import LifecycleError
+from mics_core.gather import Gathered
+from mics_core.places import Places
+from mics_core.reduce import Reduced
+
+
+class Station:
+    """A unit under the conductor: its memory, its gradient, and the places where its modules look for parameters."""
+
+    def __init__(self, number: int, module: nn.Module, gathered: Gathered, reduced: Reduced | None) -> None:
+        self.number = number
+        self.module = module
+        self.gathered = gathered
+        self.reduced = reduced
+        self.places = [(part, Places(part)) for part in gathered.shards]
+        self._keeps: list[tuple[dict[str, Any], str]] | None = None
+        self.awaited = 0  # backwards that the forwards of this pass have announced
+        self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
+
+    def left_behind(self) -> Iterator[torch.Tensor]:
+        """Tensors with a graph that the unit's modules keep in attributes, such as a second loss.
+
+        The first forward looks everywhere, later ones where it found some.
+        """
+        if self._keeps is None:
+            attributes = ((vars(module), name) for module in self.module.modules() for name in list(vars(module)))
+            self._keeps = [(kept, name) for kept, name in attributes if _has_graph(kept[name])]
+        for kept, name in self._keeps:
+            if _has_graph(kept.get(name)):
+                yield kept[name]
+
+    def check_frozen(self) -> None:
+        """Raise if a parameter that was frozen when the model was cut is to be trained now."""
+        for part, _ in self.places:
+            if not part.trained and any(parameter.requires_grad for parameter in part.parameters):
+                raise LifecycleError(
+                    f"{self.gathered.unit}: a parameter that was frozen at mics.shard requires a gradient now, and "
+                    "has no memory for one: let it require gradients before mics.shard, and freeze it after"
+                )
+
+    def clear(self) -> None:
+        """Let modules see what they saw before, and raise if someone wrote into the whole parameters."""
+        for part, places in self.places:
+            places.clear()
+            if part.changed():
+                raise LifecycleError(
+                    f"{self.gathered.unit}: a parameter was changed in place while it was gathered, and the change "
+                    "would be lost: change parameters inside `with mics.full_params(model)`"
+                )
+
+
+def _has_graph(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None

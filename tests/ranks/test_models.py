@@ -1,0 +1,135 @@
+"""Any model trains under any sharding as it does in one process."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import mics_core as mics
+import model_work as work
+from pool import Pool
+
+CHAIN = "units one after another"
+CASES = [
+    pytest.param(name, marks=[pytest.mark.filterwarnings(f"ignore:{case.ignored}")] if case.ignored else [])
+    for name, case in work.CASES.items()
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trains_as_in_one_process(pool: Pool, name: str) -> None:
+    pool.run(4, work.trains_as_one_process, name, LOCAL_WORLD_SIZE=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        CHAIN,
+        "weights tied between the root and a unit",
+        "LoRA where all else is frozen",
+        "parameters unused later",
+        "an optimizer for matrices and one for vectors",
+    ],
+)
+def test_trains_under_other_shardings(pool: Pool, name: str) -> None:
+    pool.run(4, work.trains_as_one_process, name, work.OTHER_RUNS, LOCAL_WORLD_SIZE=2)
+
+
+def test_drawn_weights_are_the_same_for_every_sharding_and_number_of_ranks(pool: Pool) -> None:
+    """On the meta device a model costs no memory; its units are drawn and cut one by one."""
+    alone, _ = pool.run(1, work.draw, (1, 1, 1))[0]
+    assert all(tensor.isfinite().all() for tensor in alone.values())
+    for degrees in ((2, 2, 2), (1, 1, 2), (2, 2, 4), (4, 4, 4)):
+        for weights, largest in pool.run(degrees[2], work.draw, degrees, LOCAL_WORLD_SIZE=2):
+            assert weights.keys() == alone.keys()
+            for name, weight in weights.items():
+                assert torch.equal(weight, alone[name]), f"{name} differs for {degrees}"
+            assert largest <= 3 * work.WIDTH**2  # the root has two matrices, and a unit one
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 2, 4)])
+def test_ranks_with_different_weights_get_rank_0s(pool: Pool, degrees: tuple[int, int, int]) -> None:
+    results = pool.run(4, work.shard_unequal, degrees, LOCAL_WORLD_SIZE=2)
+    first, _ = results[0]
+    for before, after in results:
+        assert before is first or not torch.equal(before["own"], first["own"])
+        for name, tensor in after.items():
+            assert torch.equal(tensor, first[name]), name
+
+
+PRECISIONS = {
+    "bf16": (mics.Precision.bf16(), 5e-2),
+    "bf16, float32 gradients": (mics.Precision.bf16(torch.float32), 5e-2),
+    "fp16": (mics.Precision.fp16(), 1e-2),
+    "fp16, float16 gradients": (mics.Precision.fp16(torch.float16), 1e-2),
+    "bf16 gradients only": (mics.Precision(reduce=torch.bfloat16), 2e-2),
+    "fp32": (mics.Precision.fp32(), 1e-5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [*((name, "mics.AdamW") for name in PRECISIONS), ("bf16", "torch.AdamW"), ("fp16", "SGD")]
+)
+def test_precision(pool: Pool, name: str, optimizer: str) -> None:
+    """In so many steps of 1e-2 a weight moves up to 0.1; a half's rounding may decide about a tenth of it."""
+    precision, tolerance = PRECISIONS[name]
+    for losses, off in pool.run(4, work.train_in, precision, optimizer, 8, CHAIN, LOCAL_WORLD_SIZE=2):
+        assert losses[-1] < 0.9 * losses[0]
+        assert off <= tolerance
+
+
+def test_float64_shows_that_only_rounding_differs(pool: Pool) -> None:
+    assert max(pool.run(4, work.exact_in_float64, "torch.AdamW", LOCAL_WORLD_SIZE=2)) < 1e-12
+    assert max(pool.run(4, work.exact_in_float64, "SGD", LOCAL_WORLD_SIZE=2)) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", ["mics.AdamW", "torch.AdamW", "SGD"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: Pool, optimizer: str) -> None:
+    for scales, moved, off in pool.run(4, work.overflow, optimizer, LOCAL_WORLD_SIZE=2):
+        assert scales == [512.0, 256.0, 256.0, 512.0, 512.0, 1024.0, 1024.0]
+        assert moved == 0
+        assert off < 2e-3  # four steps of 1e-2; a step that was skipped must not count for AdamW's bias correction
+
+
+@pytest.mark.parametrize(
+    ("case", "loss"),
+    [
+        (CHAIN, work.once),
+        ("a model fed with its own output", work.chained),
+    ],
+)
+def test_the_loss_scale_is_nowhere_to_be_seen(
+    pool: Pool, case: str, loss: Callable[[work.Case, torch.Tensor], torch.Tensor]
+) -> None:
+    for norm, grad, norm_alone, grad_alone in pool.run(2, work.half, case, loss):
+        torch.testing.assert_close(norm, norm_alone, rtol=2e-2, atol=0)
+        torch.testing.assert_close(grad.float(), grad_alone, rtol=0, atol=2e-2 * grad_alone.abs().max().item())
+
+
+@pytest.mark.parametrize("cases", [(CHAIN, CHAIN), (CHAIN, "no parameters on the root")])
+def test_two_models_that_feed_each_other(pool: Pool, cases: tuple[str, str]) -> None:
+    for _ in range(3):  # whose messages meet is a matter of luck
+        assert max(pool.run(2, work.two_models, cases)) < work.RELATIVE
+
+
+def test_clips_add_up(pool: Pool) -> None:
+    for moved in pool.run(2, work.clip_often, (0.5, 0.1, 0.3)):
+        assert moved == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (work.into_a_dict, "forward returned"),
+        (work.thaw, "frozen"),
+        (work.change_in_forward, "changed in place"),
+        (work.sparse, "sparse"),
+        (work.zero_without_a_step, "set_to_none=True"),
+        (work.half_by_parts, "call the model itself"),
+        (work.batch_norm_in_half, "BatchNorm2d"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_clearly(pool: Pool, refused: Callable[[], None], words: str) -> None:
+    for error in pool.errors(2, refused):
+        assert isinstance(error, mics.LifecycleError | mics.ConfigError), error
+        assert words in str(error)
