@@ -33,7 +33,7 @@ from bench.kernel_cases import OPS, Case, cases
 from bench.kernels import chosen_ops, markdown, progress
 from bench.record import RESULTS, ROOT, folder, save, stamp
 
-TESTS = ROOT / "tests" / "kernels"
+TESTS = [ROOT / "tests" / "kernels", ROOT / "tests" / "gpu"]
 
 TESTS_SHARE = 0.6
 """Of the time, that the tests may take: they mostly wait for compilers."""
@@ -54,12 +54,12 @@ class TestOutcome:
     failures: str  # what pytest printed about them
 
 
-def run_tests(tests: Path, seconds: float) -> TestOutcome:
+def run_tests(tests: Sequence[Path], seconds: float) -> TestOutcome:
     """Run pytest on `tests` in a process of its own: compiled kernels, and no crash that ends the benchmarks."""
     # What other plugins a rented machine has, and warns about, is none of our tests' business: they run with none.
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-u", "-m", "pytest", str(tests), "-v", "--tb=short", "--color=no"]
+    command = [sys.executable, "-u", "-m", "pytest", *map(str, tests), "-v", "--tb=short", "--color=no"]
     command += ["-W", "default"]  # nor are the warnings of its versions
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]  # compilers want a core each
@@ -106,7 +106,7 @@ def check(
     path: Path,
     record: dict[str, Any],
     *,
-    tests: Path | None,
+    tests: Sequence[Path] | None,
     chosen: Sequence[Case],
     seconds: float,
 ) -> bool:

@@ -234,7 +234,7 @@ def checked(
         (folder / "test_it.py").write_text(tests)
     record: dict[str, Any] = {"command": "it"}
     bench = partial(Bench, CPU, 0.0, MB)
-    right = gpu_check.check(bench, path, record, tests=folder, chosen=chosen, seconds=seconds)
+    right = gpu_check.check(bench, path, record, tests=[folder], chosen=chosen, seconds=seconds)
     return right, json.loads(path.read_text())
 
 

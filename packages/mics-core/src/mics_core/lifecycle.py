@@ -185,11 +185,11 @@ class Conductor:
     def _check_alike(self) -> None:
         """The answers had the whole forward to arrive. Without them, ranks would wait for each other for ever."""
         if self._question is not None:
-            last = self._question.read()
+            answers = self._question.read()  # of every rank: 1 if more follow, 2 if not
             self._question = None
-            if len(set(last)) > 1:
+            if {1, 2} <= set(answers):
                 raise LifecycleError(
-                    f"accumulate: ranks {[rank for rank, is_last in enumerate(last) if is_last]} are at their last "
+                    f"accumulate: ranks {[rank for rank, answer in enumerate(answers) if answer == 2]} are at their last "
                     "micro-batch and the others are not: give every rank equally many"
                 )
 

@@ -39,7 +39,7 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
             following = next(batches, _END)
             last = following is _END
             me = runtime.world.rank
-            answers = runtime.world.ask([last and rank == me for rank in range(runtime.world.size)])
+            answers = runtime.world.ask([(1 + last) * (rank == me) for rank in range(runtime.world.size)])
             conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, answers)
             yield batch  # type: ignore[misc]
             batch = following
