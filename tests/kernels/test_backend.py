@@ -1,12 +1,13 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import mics_kernels.ops.pack as pack_op
 import mics_kernels.ops.unpack as unpack_op
-from mics_kernels import backend, pack, unpack
+from mics_kernels import accumulate, backend, pack, unpack
 from mics_kernels.backend import INTERPRETED
 
 
@@ -82,3 +83,22 @@ def test_parameters_are_memory_like_any_other(device: torch.device) -> None:
         unpack_(flat, weights, [0, 64])
         assert all(weight.grad_fn is None and weight.is_leaf for weight in [*weights, flat])
         assert flat[64:].eq(1).all()
+
+
+def test_threads_may_launch_at_once() -> None:
+    """The runtime sums what arrived on a thread of its own, while the training packs gradients on another."""
+    whole = torch.arange(2000, dtype=torch.float32)
+    results = [torch.empty(2000) for _ in range(4)]
+
+    def add(acc: torch.Tensor) -> None:
+        for _ in range(3):
+            accumulate(acc, [whole, whole], overwrite=True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns within a kernel
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(add, results))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(acc, 2 * whole) for acc in results)

@@ -188,8 +188,9 @@ class Conductor:
             answers = self._question.read()  # of every rank: 1 if more follow, 2 if not
             self._question = None
             if {1, 2} <= set(answers):
+                last = [rank for rank, answer in enumerate(answers) if answer == 2]
                 raise LifecycleError(
-                    f"accumulate: ranks {[rank for rank, answer in enumerate(answers) if answer == 2]} are at their last "
+                    f"accumulate: ranks {last} are at their last "
                     "micro-batch and the others are not: give every rank equally many"
                 )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ else:
 
 INTERPRETED: bool = INSTALLED and bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET=1 was set when this module was imported: kernels run on the CPU, in numpy."""
+
+_INTERPRETER = Lock()
+"""The interpreter swaps parts of Triton's language while a kernel runs: one thread at a time."""
 
 OLDEST_CAPABILITY = (8, 0)
 """bf16 arithmetic and conversions are instructions from sm_80 on; below it Triton refuses our kernels."""
@@ -82,5 +85,5 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
         return
     # 128 threads either way: AMD counts wider warps. It has four times the registers, and its compiler no such limit.
     options = {"num_warps": 2} if torch.version.hip else {"num_warps": 4, "maxnreg": 64}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER:
         kernel[(programs,)](*arguments, **constants, **options, enable_fp_fusion=False)
