@@ -1,6 +1,6 @@
 """The conductor: hooks around every unit decide when it is gathered and released, and when its gradient leaves.
 
-    REST -> FORWARD -> REST -> BACKWARD -> REST
+    REST -> FORWARD -> REST -> BACKWARD -> REST -> OPEN (in full_params) -> REST
 
 docs/lifecycle.md has the whole table. Two rules explain most of the code. A unit's trained parameters are the outputs
 of one autograd node, `Whole`: its backward runs when the gradients of all of them are there, whatever was called how
@@ -34,6 +34,7 @@ class Phase(Enum):
     REST = "rest"
     FORWARD = "forward"
     BACKWARD = "backward"
+    OPEN = "full_params"
 
 
 class MicroStep(Enum):
@@ -88,10 +89,22 @@ class Conductor:
             self._give_up_backward()  # it raised, or its last callback would have run
         return self.phase is not Phase.REST
 
+    def open(self) -> None:
+        """Until `close`, modules own whole parameters, and nothing is gathered for them."""
+        for station in self.stations:
+            self.gatherer.release(station.gathered)
+        self.phase = Phase.OPEN
+
+    def close(self) -> None:
+        """Modules own slices again."""
+        self.phase = Phase.REST
+
     # ---- forward
 
     def before_forward(self, station: Station, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Gather the unit and put its whole parameters in place; return changed inputs, if they are to change."""
+        if self.phase is Phase.OPEN:
+            return None  # the modules own whole parameters
         again = self._recomputing()
         self._unannounced |= again and self.phase is Phase.REST
         differentiated = torch.is_grad_enabled()
@@ -114,20 +127,22 @@ class Conductor:
         if station.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if station.reduced is None and differentiated and station.places:
-            self._watch_inputs(station, inputs or (args, kwargs))
+            station.watch_inputs(inputs or (args, kwargs))
         return inputs
 
     def after_forward(self, station: Station, outputs: Any) -> Any:
         """Release the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
+        if self.phase is Phase.OPEN:
+            return None
         again = self._recomputing()
-        whole = [places.whole for _, places in station.places]
+        begin = self._beginner(station)  # which keeps the views that are in place now
         station.clear()
         changed = None
         if station.number == 0 and self.scaling is not None and outputs is not None:
             outputs = changed = self.scaling.enlarge(outputs)
         raised = outputs is None and sys.exception() is not None
         if torch.is_grad_enabled() and not raised:
-            self._watch_outputs(station, outputs, whole)
+            station.watch_outputs(outputs, begin)
         self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
         if not again:
             self._open -= 1
@@ -139,10 +154,19 @@ class Conductor:
         if not self._open:
             self._begin_forward(differentiated)
         self._open += 1
+        self._bring_what_users_wrote(station)
         if differentiated and station.reduced is not None:
             station.awaited += 1
         if not self._order.reach(Use(station.number, Way.FORWARD)):
             self._drop_fetched()
+
+    def _bring_what_users_wrote(self, station: Station) -> None:
+        """Parameters may be written between steps, on all ranks alike: by load_state_dict, or to clamp them."""
+        written = [part for part, _ in station.places if part.trained and part.written()]
+        for part in written:
+            part.refresh()
+        if written:
+            self.gatherer.refresh(station.gathered)
 
     def _to_compute(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._compute) if tensor.is_floating_point() else tensor
@@ -304,10 +328,9 @@ class Conductor:
         for station in self.stations:
             self.gatherer.release(station.gathered)
 
-    # ---- what tells of backwards
-
-    def _watch_outputs(self, station: Station, outputs: Any, whole: list[Sequence[torch.Tensor]]) -> None:
-        """Before the backward of the first of these outputs, gather the unit."""
+    def _beginner(self, station: Station) -> Callable[[torch.Tensor], None]:
+        """The hook of a forward's outputs: the first of them in a backward gathers the unit."""
+        whole = [places.whole for _, places in station.places]
         seen = -1  # the number of the last backward that came by; one graph may be used by several
 
         def hook(_: torch.Tensor) -> None:
@@ -316,31 +339,7 @@ class Conductor:
                 seen = self._passes
                 self.before_backward(station, whole)
 
-        found = False
-        for tensor in (*trees.tensors(outputs), *station.left_behind()):
-            found = True
-            if tensor.requires_grad:
-                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-        if not found and station.reduced is not None:
-            raise LifecycleError(
-                f"{station.gathered.unit}: forward returned {type(outputs).__name__}, in which no tensor can be found, "
-                "so its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
-            )
-
-    def _watch_inputs(self, station: Station, inputs: tuple[Any, Any]) -> None:
-        """A unit without trained parameters is finished when the gradients of its inputs are there."""
-        watched = [tensor for tensor in trees.tensors(inputs) if tensor.requires_grad]
-        missing = len(watched)
-
-        def hook(_: torch.Tensor) -> None:
-            nonlocal missing
-            missing -= 1
-            if not missing:
-                missing = len(watched)
-                station.finish(())
-
-        for tensor in watched:
-            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        return hook
 
 
 def _task() -> int:

@@ -51,6 +51,9 @@ class Shards:
         self._shard_at, self._master_at = ladder.range(size, p)[0], ladder.range(size, o)[0]
         self.parts = layout.within(self._master_at, self._master_at + len(self.master))
         """What of each parameter lies in `master`."""
+        # What users write into parameters has a version of its own, so that it is not taken for the optimizer's work.
+        self._users_master = self.master.data
+        self._users_version = self._users_master._version
         self.parameters = [self._parameter(index, member.parameter) for index, member in enumerate(members)]
         if self.trained:
             users = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
@@ -103,6 +106,12 @@ class Shards:
         """A number that changes when someone else writes into `p.grad`."""
         return self._user_gradient._version
 
+    def written(self) -> bool:
+        """Whether `master` was changed through the parameters since the last question."""
+        version = self._users_master._version
+        written, self._users_version = version != self._users_version, version
+        return written
+
     def refresh(self) -> None:
         """Round `master` into my part of `shard`."""
         if self.master is not self.refreshed:
@@ -110,6 +119,6 @@ class Shards:
 
     def _parameter(self, index: int, old: nn.Parameter) -> nn.Parameter:
         begin, end = self.parts[index]
-        new = nn.Parameter(self.master[begin:end], requires_grad=self.trained)
+        new = nn.Parameter(self._users_master[begin:end], requires_grad=self.trained)
         new.__dict__.update(old.__dict__)  # marks that users put on their parameters
         return new

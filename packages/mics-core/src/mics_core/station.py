@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mics_core import trees
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered
 from mics_core.places import Places
@@ -27,7 +28,7 @@ class Station:
         self.awaited = 0  # backwards that the forwards of this pass have announced
         self.finish: Callable[..., None] = lambda *_: None  # what `Whole` calls
 
-    def left_behind(self) -> Iterator[torch.Tensor]:
+    def _left_behind(self) -> Iterator[torch.Tensor]:
         """Tensors with a graph that the unit's modules keep in attributes, such as a second loss.
 
         The first forward looks everywhere, later ones where it found some.
@@ -38,6 +39,34 @@ class Station:
         for kept, name in self._keeps:
             if _has_graph(kept.get(name)):
                 yield kept[name]
+
+    def watch_outputs(self, outputs: Any, begin: Callable[[torch.Tensor], None]) -> None:
+        """Call `begin` before the backward of any of what the forward returned or left behind."""
+        found = False
+        for tensor in (*trees.tensors(outputs), *self._left_behind()):
+            found = True
+            if tensor.requires_grad:
+                tensor.register_hook(begin)  # type: ignore[no-untyped-call]
+        if not found and self.reduced is not None:
+            raise LifecycleError(
+                f"{self.gathered.unit}: forward returned {type(outputs).__name__}, in which no tensor can be found, so "
+                "its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
+            )
+
+    def watch_inputs(self, inputs: tuple[Any, Any]) -> None:
+        """A unit without trained parameters is finished when the gradients of its inputs are there."""
+        watched = [tensor for tensor in trees.tensors(inputs) if tensor.requires_grad]
+        missing = len(watched)
+
+        def hook(_: torch.Tensor) -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                missing = len(watched)
+                self.finish(())
+
+        for tensor in watched:
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def check_frozen(self) -> None:
         """Raise if a parameter that was frozen when the model was cut is to be trained now."""

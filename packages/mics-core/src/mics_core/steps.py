@@ -49,6 +49,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
         for runtime in _runtimes(optimizer):
             present = runtime.settle("step")
             for reduced in present:
+                reduced.shards.written()  # by the optimizer
                 reduced.shards.refresh()
                 runtime.refresh(reduced)
             runtime.stepped(present)

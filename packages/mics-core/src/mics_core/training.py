@@ -70,15 +70,16 @@ def ledger(model: nn.Module) -> Ledger:
 def full_params(model: nn.Module) -> Iterator[None]:
     """Inside, every parameter is whole, in the master dtype; what is changed there is kept, cut again at the end.
 
-    All ranks must enter, and change alike. Every rank holds the whole model meanwhile.
+    All ranks must enter, and change alike. Every rank holds the whole model meanwhile. A forward computes with these
+    parameters; training and optimizer steps have to wait until the end.
     """
     runtime = registry.runtime_of(model, "full_params")
     runtime.rest("full_params")
     runtime.wait()
+    runtime.conductor.open()
     whole: list[tuple[Shards, Places, list[nn.Parameter]]] = []
     with torch.no_grad():
         for station in runtime.conductor.stations:
-            runtime.conductor.gatherer.release(station.gathered)
             for part, places in station.places:
                 flat = _gather_master(runtime, part)
                 parameters = [
@@ -94,6 +95,7 @@ def full_params(model: nn.Module) -> Iterator[None]:
             for part, places, parameters in whole:
                 part.fill(parameters)
                 places.register()
+        runtime.conductor.close()
 
 
 def _gather_master(runtime: Runtime, part: Shards) -> torch.Tensor:
