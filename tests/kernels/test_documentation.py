@@ -21,7 +21,8 @@ def test_the_examples_of_the_docstrings_give_what_they_show() -> None:
 
 
 def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = [example for example in examples if "import mics_kernels" in example]
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})

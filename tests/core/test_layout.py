@@ -1,0 +1,36 @@
+"""Where parameters lie in a flat buffer: integers only."""
+
+from math import prod
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mics_core.layout import ALIGNED, PIECE, Layout
+
+SHAPES = st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), max_size=8)
+
+
+@settings(deadline=None)
+@given(shapes=SHAPES, pieces=st.sampled_from([1, 2, 3, 8, 64]))
+def test_parameters_are_aligned_and_in_order_and_do_not_overlap(shapes: list[tuple[int, ...]], pieces: int) -> None:
+    layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], pieces)
+    end = 0
+    for slot, shape in zip(layout.slots, shapes, strict=True):
+        assert (slot.size, slot.begin % ALIGNED) == (prod(shape), 0)
+        assert end <= slot.begin < end + ALIGNED
+        end = slot.end
+    assert end <= layout.size < end + PIECE * pieces
+    assert layout.size % (PIECE * pieces) == 0
+
+
+@settings(deadline=None)
+@given(shapes=SHAPES, pieces=st.sampled_from([1, 2, 3, 8]))
+def test_pieces_together_hold_every_element_once(shapes: list[tuple[int, ...]], pieces: int) -> None:
+    layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], pieces)
+    found: list[list[int]] = [[] for _ in shapes]
+    for piece in range(pieces):
+        begin, end = layout.range(piece, pieces)
+        for elements, slot, (first, last) in zip(found, layout.slots, layout.within(begin, end), strict=True):
+            assert 0 <= first <= last <= end - begin
+            elements += range(begin + first - slot.begin, begin + last - slot.begin)
+    assert found == [list(range(prod(shape))) for shape in shapes]

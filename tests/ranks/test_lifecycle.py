@@ -1,0 +1,54 @@
+"""Every row of the table of docs/lifecycle.md, cell by cell."""
+
+from pathlib import Path
+
+import pytest
+
+import lifecycle_work as work
+from lifecycle_work import Seen
+from mics_core import Precision, Sharding
+from pool import Pool
+
+REFRESHING = {"after a step of `mics.AdamW`", "after a step of `torch.optim`", "after `zero_grad`, stepped"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "lifecycle.md"
+
+
+def table() -> dict[str, Seen]:
+    """The rows by their stage, without what happens."""
+    lines = iter(DOCUMENT.read_text().splitlines())
+    head = next(line for line in lines if line.startswith("| stage |"))
+    assert head.count("|") == next(lines).count("|") == 8
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        stage, _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert stage not in rows
+        rows[stage] = Seen(*cells)
+    return rows
+
+
+def under(sharding: Sharding, world: int, stage: str, row: Seen) -> Seen:
+    """What a row says of this sharding, by the sentences below the table."""
+    p, g, o = sharding.params, sharding.grads, sharding.optimizer
+    unit = row.unit
+    if p == 1:
+        unit = "COMING" if o > 1 and stage in REFRESHING else "HERE"
+    missing = {"gather": p == 1, "hop 1": g == 1, "hop 2": g == world, "refresh": o == p}
+    lane = ", ".join(job for job in row.lane.split(", ") if not missing.get(job, False)) or "-"
+    return Seen(row.weight, unit, row.gradient, row.grad, lane)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32(), Precision.bf16()], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("world", "degrees"), [(2, (2, 2, 2)), (4, (2, 2, 2)), (4, (2, 2, 4)), (4, (1, 1, 4)), (4, (1, 2, 2))], ids=str
+)
+def test_every_row_of_the_table_is_what_ranks_find(
+    pool: Pool, world: int, degrees: tuple[int, int, int], precision: Precision
+) -> None:
+    rows, sharding = table(), Sharding(*degrees)
+    for rank, seen in enumerate(pool.run(world, work.walk, sharding, precision, LOCAL_WORLD_SIZE=2)):
+        assert seen.keys() == rows.keys(), "each row wants a check, and each check a row"
+        expected = {stage: under(sharding, world, stage, row) for stage, row in rows.items()}
+        wrong = {stage: (seen[stage], row) for stage, row in expected.items() if seen[stage] != row}
+        assert not wrong, f"rank {rank} found, and the table says: {wrong}"
