@@ -4,12 +4,18 @@ import logging
 
 import pytest
 
-from mics_core.order import Order, Use, Way
+from mics_core.order import Order, Use, Way, log
 
 ROOT, A, B = range(3)
 FORWARD = [Use(unit, Way.FORWARD) for unit in (ROOT, A, B)]
 BACKWARD = [Use(unit, Way.BACKWARD) for unit in (ROOT, B, A)]
 PASS = FORWARD + BACKWARD
+
+
+@pytest.fixture(autouse=True)
+def _the_log_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """import-linter, which another test calls, turns off all logs that exist."""
+    monkeypatch.setattr(log, "disabled", False)
 
 
 def recorded() -> Order:

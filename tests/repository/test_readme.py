@@ -25,8 +25,7 @@ def test_the_program_of_the_readme_trains_on_four_ranks(tmp_path: Path) -> None:
         timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    losses = [float(number) for number in re.findall(r"^loss (.*),", run.stdout, re.M)]
-    assert len(losses) == 4
-    assert max(losses) < 1.5, "an untrained model has 2"
+    (loss,) = re.findall(r"^loss ([0-9.]+),", run.stdout, re.M)
+    assert float(loss) < 1.5, "an untrained model has 2"
     for action in ("gather", "hop 1", "hop 2", "refresh"):
-        assert run.stdout.count(f"\n{action} ") >= 4
+        assert f"\n{action} " in run.stdout

@@ -21,6 +21,7 @@ class Request:
     sharding: Sharding | None
     precision: Precision
     ranks_per_node: int | None
+    prefetch_bytes: int | None
     units: tuple[str, ...]
     parameters: tuple[tuple[str, tuple[int, ...], str, bool], ...]
     node: str
@@ -33,13 +34,14 @@ def agree(
     rule: UnitRule | None,
     precision: Precision,
     ranks_per_node: int | None,
+    prefetch_bytes: int | None,
     world: comm.World,
 ) -> tuple[list[Unit], Rungs, Sharding]:
     """The units, the rungs and the resolved sharding. Whatever is wrong on one rank is raised on all."""
     units: list[Unit] = []
     resolved, error = None, None
     try:
-        units = _checked_units(model, sharding, precision, rule)
+        units = _checked_units(model, sharding, precision, rule, prefetch_bytes)
         resolved = sharding.resolve(world.size)
     except ConfigError as problem:
         error = str(problem)
@@ -49,7 +51,7 @@ def agree(
         for member in (*unit.trained, *unit.frozen)
     )
     names = tuple(unit.name for unit in units)
-    mine = Request(resolved, precision, ranks_per_node, names, parameters, comm.node_name(), error)
+    mine = Request(resolved, precision, ranks_per_node, prefetch_bytes, names, parameters, comm.node_name(), error)
     requests: list[Request] = world.tell(mine)
     for rank, request in enumerate(requests):
         if request.error is not None:
@@ -63,10 +65,16 @@ def agree(
     return units, Rungs.of(resolved, topology), resolved
 
 
-def _checked_units(model: nn.Module, sharding: Sharding, precision: Precision, rule: UnitRule | None) -> list[Unit]:
+def _checked_units(
+    model: nn.Module, sharding: Sharding, precision: Precision, rule: UnitRule | None, prefetch_bytes: int | None
+) -> list[Unit]:
     if not isinstance(sharding, Sharding):
         raise ConfigError(f"shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)")
-    if any(registry.is_sharded(module) for module in model.modules()):
+    if not isinstance(precision, Precision):
+        raise ConfigError(f"shard: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
+    if prefetch_bytes is not None and not (isinstance(prefetch_bytes, int) and prefetch_bytes >= 0):
+        raise ConfigError(f"shard: prefetch_bytes is {prefetch_bytes!r}, expected a number of bytes")
+    if registry.owners(model.parameters()) or any(registry.is_sharded(module) for module in model.modules()):
         raise ConfigError(f"shard: this {type(model).__name__} is sharded already, or a part of it: shard it once")
     check_meta(model)
     if precision.compute.itemsize < 4:
@@ -95,7 +103,7 @@ def _checked_units(model: nn.Module, sharding: Sharding, precision: Precision, r
 def _check_alike(requests: list[Request]) -> None:
     first = requests[0]
     for rank, request in enumerate(requests):
-        for name in ("sharding", "precision", "ranks_per_node", "units"):
+        for name in ("sharding", "precision", "ranks_per_node", "prefetch_bytes", "units"):
             here, there = getattr(request, name), getattr(first, name)
             if here != there:
                 raise ConfigError(f"shard: {name} is {here} on rank {rank} and {there} on rank 0: ask alike everywhere")

@@ -28,21 +28,21 @@ class Clipping:
 
     def begin(self) -> None:
         """Gradients are new: nothing is known of them."""
-        self._norm: torch.Tensor | None = None
         self._overflow: torch.Tensor | None = None
         self._factor: torch.Tensor | None = None  # to multiply gradients by that are in memory
 
     def clip(self, present: Sequence[Reduced], max_norm: float) -> torch.Tensor:
         """The norm before clipping; afterwards `factor` makes it at most `max_norm`."""
         norm = self._measure(present)
+        if self._factor is not None:
+            norm = norm * self._factor
         shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._factor = shrink if self._factor is None else self._factor * shrink
-        self._norm = norm * shrink
         return norm
 
     def factor(self, present: Sequence[Reduced]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What gradients still are to be multiplied by, and a flag that is not 0 if the step must be skipped."""
-        if self._scaling is not None:
+        if self._scaling is not None and self._overflow is None:
             self._measure(present)
         return self._factor, self._overflow
 
@@ -56,15 +56,13 @@ class Clipping:
         self._factor = None
 
     def _measure(self, present: Sequence[Reduced]) -> torch.Tensor:
-        if self._norm is None:
-            sums = torch.zeros(len(present) + 1, 2, device=self._device)
-            for row, reduced in zip(sums, present, strict=False):
-                self._tally.moved("square_sum", reduced.shards.synced.nbytes)
-                row[0], row[1] = square_sum(reduced.shards.synced)
-            total = self._ladder.total(sums.double().sum(0), self._degree)
-            self._norm = total[0].sqrt().float()
-            if self._scaling is not None:
-                self._overflow = total[1].float()
-                self._factor = 1 / self._scaling.scale
-                self._norm = self._norm * self._factor
-        return self._norm
+        """The norm of the gradients in memory."""
+        sums = torch.zeros(len(present) + 1, 2, device=self._device)
+        for row, reduced in zip(sums, present, strict=False):
+            self._tally.moved("square_sum", reduced.shards.synced.nbytes)
+            row[0], row[1] = square_sum(reduced.shards.synced)
+        total = self._ladder.total(sums.double().sum(0), self._degree)
+        if self._scaling is not None and self._overflow is None:
+            self._overflow = total[1].float()
+            self._factor = 1 / self._scaling.scale
+        return total[0].sqrt().float()

@@ -78,7 +78,9 @@ class World:
         self.rank = 0 if self._single else dist.get_rank(group)
         self.size = len(self.ranks)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self._control = None if self.size == 1 else _subgroup(self.ranks, "control", "gloo")
+        if self.size > 1:
+            _count_groups_alike(group)
+            self._control = self._subgroup(self.ranks, "control", "gloo")
 
     def tell(self, mine: object) -> list[Any]:
         """What every rank says here, in the order of ranks; small objects only."""
@@ -99,30 +101,45 @@ class World:
     def send_all(self, flat: torch.Tensor) -> None:
         """Overwrite everyone's buffer with rank 0's."""
         if self.size > 1:
-            pass_on = flat.cpu() if flat.device.type != "cpu" else flat
+            pass_on = flat.cpu().view(-1).view(torch.uint8)  # any dtype travels as bytes
             dist.broadcast(pass_on, group_src=0, group=self._control)
-            flat.copy_(pass_on)
+            flat.copy_(pass_on.view(flat.dtype).view(flat.shape))
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
         """The lane of this name."""
         _forget_old_world()
-        if name not in _lanes:
-            _lanes[name] = lane(f"mics {name}", self.device, urgent=urgent)
-        return _lanes[name]
+        if (name, self.device) not in _lanes:
+            _lanes[name, self.device] = lane(f"mics {name}", self.device, urgent=urgent)
+        return _lanes[name, self.device]
 
     def group(self, members: Sequence[int], name: str) -> Group:
         """The group of these members of this world; all of them must ask for it, in the same order of groups."""
         ranks = tuple(self.ranks[member] for member in members)
         seat = Seat(ranks, members.index(self.rank), name)
         if self.device.type == "cuda":
-            return _DeviceGroup(seat, _subgroup(ranks, name, "nccl"))
-        return _HostGroup(seat, _subgroup(ranks, name, "gloo"))
+            return _DeviceGroup(seat, self._subgroup(ranks, name, "nccl"))
+        return _HostGroup(seat, self._subgroup(ranks, name, "gloo"))
+
+    def _subgroup(self, ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
+        """A process group for one purpose."""
+        _forget_old_world()
+        key = (self.ranks, ranks, name)
+        if key not in _subgroups:
+            _subgroups[key] = dist.new_group(
+                list(ranks),
+                timeout=_timeout,
+                backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
+                use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
+                sort_ranks=False,
+                group_desc=f"mics {name}",
+            )
+        return _subgroups[key]
 
 
-# Shared by all models: a group costs sockets or GPU memory. What a group carries is told apart by its order alone, so a
-# group belongs to one lane, and a lane is one queue for all models.
-_subgroups: dict[tuple[tuple[int, ...], str], ProcessGroup] = {}
-_lanes: dict[str, Lane] = {}
+# Shared by the models of a world: a group costs sockets or GPU memory. What a group carries is told apart by its order
+# alone, so a group belongs to one lane, and a lane is one queue for all models.
+_subgroups: dict[tuple[tuple[int, ...], tuple[int, ...], str], ProcessGroup] = {}
+_lanes: dict[tuple[str, torch.device], Lane] = {}
 _parent: ProcessGroup | None = None  # the world that these are for
 
 
@@ -134,19 +151,17 @@ def _forget_old_world() -> None:
         _parent = dist.group.WORLD
 
 
-def _subgroup(ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
-    """A process group for one purpose."""
-    _forget_old_world()
-    if (ranks, name) not in _subgroups:
-        _subgroups[ranks, name] = dist.new_group(
-            list(ranks),
-            timeout=_timeout,
-            backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
-            use_local_synchronization=True,  # only members take part, so that a caller's groups can each have a model
-            sort_ranks=False,
-            group_desc=f"mics {name}",
-        )
-    return _subgroups[ranks, name]
+def _count_groups_alike(group: ProcessGroup | None) -> None:
+    """Make all ranks members of equally many groups.
+
+    torch names a group that only its members make by its ranks and by how many groups the rank is in already; members
+    that disagree about the name wait for each other. So ranks that are in fewer groups make some of their own.
+    """
+    mine = len(dist.distributed_c10d._world.pg_names)
+    counts: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(counts, mine, group=group)
+    for _ in range(max(counts) - mine):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def node_name() -> str:

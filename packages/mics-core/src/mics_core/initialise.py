@@ -77,7 +77,17 @@ def _draw_module(module: nn.Module, device: torch.device, seed: int) -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         module.to_empty(device=device, recurse=False)
+        tensors = {**module._parameters, **module._buffers}
+        floats = {name: t for name, t in tensors.items() if t is not None and t.is_floating_point()}
+        for tensor in floats.values():
+            tensor.detach().fill_(torch.nan)  # to see what is not filled
         module.reset_parameters()  # type: ignore[operator]
+        for name in floats:
+            if getattr(module, name).isnan().any():
+                raise ConfigError(
+                    f"shard: reset_parameters() of {type(module).__name__} leaves its {name} unfilled, and the model "
+                    "is on the meta device: fill all parameters and buffers there"
+                )
 
 
 def _present(member: Member) -> torch.Tensor:

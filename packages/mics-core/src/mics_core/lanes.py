@@ -6,7 +6,10 @@ stream waits for an event and the host goes on; on a CPU the caller waits.
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -84,6 +87,7 @@ class HostLane:
         self._name = name
         self._queue: SimpleQueue[_Item | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        _host_lanes.add(self)
 
     def submit(self, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
         """Do the job after all jobs before it and after these tickets."""
@@ -103,8 +107,28 @@ class HostLane:
             failure = item.run(failure)
             item = None  # or the last job's tensors would live until the next one comes
 
+    def close(self, seconds: float) -> None:
+        """Let the thread end after the jobs it has; wait so long for it."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def __del__(self) -> None:
         self._queue.put(None)
+
+
+_host_lanes: weakref.WeakSet[HostLane] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_lanes() -> None:
+    """Wait for transfers under way: a thread inside one when the interpreter goes aborts the process.
+
+    After an error a transfer may never end, and the launcher should hear of the error soon.
+    """
+    seconds = 1.0 if hasattr(sys, "last_value") else 600.0
+    for host_lane in list(_host_lanes):
+        host_lane.close(seconds)
 
 
 class _StreamTicket:

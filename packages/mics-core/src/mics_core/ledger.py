@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 
 import torch
 
@@ -31,26 +32,29 @@ class Tally:
     def __init__(self) -> None:
         self.links: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self.memory: dict[str, int] = defaultdict(int)
+        self._lock = Lock()  # lanes count, too
 
-    # Each key is written by one lane only, so the lanes need no lock.
     def sent(self, action: str, rung: str, count: int) -> None:
         """A call of `action` on a rung, in which this rank sent so many bytes."""
-        traffic = self.links[action, rung]
-        traffic.calls += 1
-        traffic.bytes += count
+        with self._lock:
+            traffic = self.links[action, rung]
+            traffic.calls += 1
+            traffic.bytes += count
 
     def moved(self, operation: str, count: int) -> None:
         """So many bytes read and written by an operation on local memory."""
-        self.memory[operation] += count
+        with self._lock:
+            self.memory[operation] += count
 
     def added(self, target: torch.Tensor, parts: Sequence[torch.Tensor], *, overwrite: bool) -> None:
         """The sum of the parts was added to, or written to, `target`."""
-        self.memory["accumulate"] += parts[0].nbytes + target.nbytes * (1 if overwrite else 2)
-        self.memory["reduction"] += sum(part.nbytes for part in parts[1:])
+        self.moved("accumulate", parts[0].nbytes + target.nbytes * (1 if overwrite else 2))
+        if len(parts) > 1:
+            self.moved("reduction", sum(part.nbytes for part in parts[1:]))
 
     def reduced(self, target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         """Parts were summed on their way, which NCCL does inside its reduce-scatter."""
-        self.memory["reduction"] += target.nbytes + sum(part.nbytes for part in parts)
+        self.moved("reduction", target.nbytes + sum(part.nbytes for part in parts))
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Formula:
         largest = max(unit.trained for unit in (self.root, *self.units))
         travels = self.precision.reduce != self.precision.master and g < world
         return {
-            "staging": 2 * largest * reduce,
+            "staging": 2 * largest * (reduce if g > 1 else self.precision.compute.itemsize),
             "wire": largest // g * reduce if travels else 0,
             "received": sum(
                 (above // below - 1) * (largest // above) * reduce for below, above in pairwise(self.rungs.degrees)

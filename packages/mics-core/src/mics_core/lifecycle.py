@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -23,26 +22,10 @@ from mics_core.comm import Answers
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
 from mics_core.order import Order, Use, Way
+from mics_core.phases import MicroStep, Phase
 from mics_core.reduce import Gradient, Reducer
 from mics_core.scaling import Scaling
 from mics_core.station import Station
-
-
-class Phase(Enum):
-    """What the model is doing."""
-
-    REST = "rest"
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    OPEN = "full_params"
-
-
-class MicroStep(Enum):
-    """What `accumulate` said of the present micro-step."""
-
-    UNMARKED = "unmarked"
-    MORE_FOLLOW = "more follow"
-    LAST = "last"
 
 
 class Conductor:
@@ -67,6 +50,7 @@ class Conductor:
         self._orders = {differentiated: Order(names) for differentiated in (True, False)}
         self._order = self._orders[True]
         self._question: Answers | None = None
+        self._entered: list[Station] = []  # by forwards, recomputed ones too, from the outside in
         self._open = 0  # forwards under way
         self._passes = 0  # backwards so far
         self._taken: list[tuple[Station, int]] = []  # by this backward and not left yet, with autograd's task
@@ -110,6 +94,7 @@ class Conductor:
         differentiated = torch.is_grad_enabled()
         if not again:
             self._enter(station, differentiated)
+        self._entered.append(station)
         self.gatherer.take(station.gathered)
         if not again:
             self._fetch()
@@ -123,7 +108,7 @@ class Conductor:
                 places.set(part.views)
         inputs = None
         if station.number == 0 and self.scaling is not None:
-            args, kwargs = self.scaling.shrink((args, kwargs))
+            inputs = args, kwargs = self.scaling.shrink((args, kwargs))
         if station.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if station.reduced is None and differentiated and station.places:
@@ -132,9 +117,21 @@ class Conductor:
 
     def after_forward(self, station: Station, outputs: Any) -> Any:
         """Release the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
-        if self.phase is Phase.OPEN:
+        # A hook of the user's may have raised before ours ran: then there is nothing to leave.
+        if self.phase is Phase.OPEN or not self._entered or self._entered[-1] is not station:
             return None
+        self._entered.pop()
         again = self._recomputing()
+        try:
+            return self._watch(station, outputs)
+        finally:
+            self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
+            if not again:
+                self._open -= 1
+                if not self._open:
+                    self._end_forward()
+
+    def _watch(self, station: Station, outputs: Any) -> Any:
         begin = self._beginner(station)  # which keeps the views that are in place now
         station.clear()
         changed = None
@@ -143,11 +140,6 @@ class Conductor:
         raised = outputs is None and sys.exception() is not None
         if torch.is_grad_enabled() and not raised:
             station.watch_outputs(outputs, begin)
-        self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
-        if not again:
-            self._open -= 1
-            if not self._open:
-                self._end_forward()
         return changed
 
     def _enter(self, station: Station, differentiated: bool) -> None:
@@ -209,13 +201,13 @@ class Conductor:
     def _check_alike(self) -> None:
         """The answers had the whole forward to arrive. Without them, ranks would wait for each other for ever."""
         if self._question is not None:
-            answers = self._question.read()  # of every rank: 1 if more follow, 2 if not
+            answers = self._question.read()  # of every rank, 1 and how many follow; 0 from nobody
             self._question = None
-            if {1, 2} <= set(answers):
-                last = [rank for rank, answer in enumerate(answers) if answer == 2]
+            most = max(answers)
+            short = [rank for rank, answer in enumerate(answers) if 0 < answer < most]
+            if short:
                 raise LifecycleError(
-                    f"accumulate: ranks {last} are at their last "
-                    "micro-batch and the others are not: give every rank equally many"
+                    f"accumulate: ranks {short} bring fewer micro-batches than the others: give every rank equally many"
                 )
 
     def _is_last(self) -> bool:

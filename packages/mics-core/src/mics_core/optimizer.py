@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mics_core import registry
-from mics_core.errors import ConfigError
+from mics_core.errors import ConfigError, LifecycleError
 from mics_core.reduce import Reduced
 from mics_kernels import Segments, adamw
 
@@ -78,6 +78,10 @@ class AdamW(torch.optim.Optimizer):
             )
         self._runtime = owners[0]
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        if not self._runtime.parameter_ids >= group_of.keys():
+            raise ConfigError(
+                "AdamW: some of its parameters are not those of the sharded model: give them an optimizer of their own"
+            )
         self._states: list[tuple[Reduced, _State]] = []
         for reduced in self._runtime.reducer.all:
             master = reduced.shards.master
@@ -92,6 +96,12 @@ class AdamW(torch.optim.Optimizer):
                 state = _State(*moments, [0] * len(groups), groups)
                 self._states.append((reduced, state))
         self._runtime.adopt([reduced for reduced, _ in self._states])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not after the optimizer was made: its state lies in flat buffers."""
+        if hasattr(self, "_states"):
+            raise ConfigError("AdamW: add_param_group came after it was made: pass all groups at once")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,7 +132,7 @@ class AdamW(torch.optim.Optimizer):
                 if state.skipped is None:
                     state.skipped = shards.master.new_zeros(len(state.steps))
                 step = step - state.skipped[run.members[0]]
-                state.skipped[run.members] += skip.sign()
+                state.skipped[run.members[0] : run.members[-1] + 1] += skip.sign()
             adamw(
                 shards.master[span],
                 state.exp_avg[span],
@@ -144,7 +154,8 @@ class AdamW(torch.optim.Optimizer):
     def _runs(self, reduced: Reduced, state: _State) -> list[_Run]:
         """The launches for this unit: one, unless its parameters differ in step, betas or epsilon."""
         first = state.steps[0]
-        circumstances = (tuple(reduced.used), tuple([step - first for step in state.steps]))
+        settings = tuple([(group["betas"], group["eps"]) for group in self.param_groups])
+        circumstances = (_taking_part(reduced), tuple([step - first for step in state.steps]), settings)
         if circumstances not in state.runs:
             state.runs = {circumstances: list(_cut(reduced, state))}
         return state.runs[circumstances]
@@ -170,22 +181,35 @@ class AdamW(torch.optim.Optimizer):
         for reduced, state in self._states:
             state.groups = [groups.get(id(parameter)) for parameter in reduced.shards.parameters]
             state.runs = {}
-            state.skipped = None
+            state.skipped, state.steps = None, [0] * len(state.steps)
             for index, (begin, end) in enumerate(reduced.shards.parts):
                 loaded = self.state.get(reduced.shards.parameters[index])
                 if loaded:
                     state.steps[index] = int(loaded["step"])
                     state.exp_avg[begin:end] = loaded["exp_avg"]
                     state.exp_avg_sq[begin:end] = loaded["exp_avg_sq"]
+        self.state.clear()  # they would be kept twice
+
+
+def _taking_part(reduced: Reduced) -> tuple[bool, ...]:
+    """Which parameters are to be updated: users may take a gradient away, and may not put another in its place."""
+    shards = reduced.shards
+    for parameter, grad, used in zip(shards.parameters, shards.grads, reduced.used, strict=True):
+        if used and parameter.grad is not grad and parameter.grad is not None:
+            raise LifecycleError(
+                f"step: a gradient of {reduced.unit} was replaced by assignment, and mics.AdamW reads the one it was: "
+                "change p.grad in place"
+            )
+    return tuple([used and p.grad is not None for p, used in zip(shards.parameters, reduced.used, strict=True)])
 
 
 def _cut(reduced: Reduced, state: _State) -> Iterator[_Run]:
     """Join neighbours that took part, as far as a launch can take them together."""
-    parts = reduced.shards.parts
+    parts, taking_part = reduced.shards.parts, _taking_part(reduced)
 
     def circumstances(index: int) -> tuple[object, ...] | None:
         group = state.groups[index]
-        if not reduced.used[index] or group is None:
+        if not taking_part[index] or group is None:
             return None
         return state.steps[index], group["betas"], group["eps"]
 

@@ -71,6 +71,11 @@ class Places:
         for weights, position, index in self._lists:
             weights[position] = parameters[index]
 
+    def owned(self) -> list[torch.Tensor]:
+        """The Parameters that the modules have now."""
+        found = {index: attributes["_parameters"][name] for attributes, name, index in reversed(self._attributes)}
+        return [found[index] for index in range(len(self._parameters))]
+
     def register(self) -> None:
         """Make this rank's slices the Parameters of the modules."""
         self.own(self._parameters)

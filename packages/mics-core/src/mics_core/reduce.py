@@ -102,7 +102,9 @@ class Reducer:
         self._early = precision.reduce == torch.float16
         self._hop2 = sharding.grads < world.size
         self._hop1_travels = sharding.grads > 1
-        self._staging = _Staging(max((r.shards.layout.size for r in everything), default=0), precision.reduce)
+        # What does not travel in hop 1 is not rounded for it.
+        staged = precision.reduce if self._hop1_travels else precision.compute
+        self._staging = _Staging(max((r.shards.layout.size for r in everything), default=0), staged)
         self._wire_dtype = precision.reduce
         self._wire = torch.empty(0)
         self._stepped = False

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mics_core.errors import LifecycleError
 
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 _runtimes: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime]] = weakref.WeakKeyDictionary()
 
+strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that hold no sharded parameter, as far as is known."""
+
 
 def enter(model: nn.Module, runtime: Runtime) -> None:
     """This model is sharded now."""
     _runtimes[model] = weakref.ref(runtime)
+    strangers.clear()
 
 
 def is_sharded(model: nn.Module) -> bool:

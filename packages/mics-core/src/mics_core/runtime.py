@@ -60,7 +60,7 @@ def shard(
     """
     world = comm.World(group)
     precision = precision or Precision.fp32()
-    found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, world)
+    found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)
     initialise.make_equal(model, world)
     tally = Tally()
     ladder = Ladder(rungs, sharding, world, tally)
@@ -245,7 +245,9 @@ def _before(runtime: Runtime, station: Station) -> Any:
 
 
 def _after(runtime: Runtime, station: Station) -> Any:
-    def after(_: nn.Module, __: Any, outputs: Any) -> Any:
+    def after(module: nn.Module, _: Any, outputs: Any) -> Any:
+        if module is not station.module:
+            return None  # a copy, which was refused
         return runtime.conductor.after_forward(station, outputs)
 
     return after

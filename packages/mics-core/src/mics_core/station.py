@@ -62,11 +62,11 @@ class Station:
             nonlocal missing
             missing -= 1
             if not missing:
-                missing = len(watched)
+                for handle in handles:  # of a leaf, such as a learned prompt, they would stay for ever
+                    handle.remove()
                 self.finish(())
 
-        for tensor in watched:
-            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        handles = [tensor.register_hook(hook) for tensor in watched]  # type: ignore[no-untyped-call]
 
     def check_frozen(self) -> None:
         """Raise if a parameter that was frozen when the model was cut is to be trained now."""

@@ -6,7 +6,6 @@ sharded parameter passes through.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from mics_core.runtime import Runtime
 
 NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "SparseAdam")
 """Of torch.optim: these look at whole tensors, and a slice of a matrix is no matrix. Muon says so itself."""
-
-_strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers of other models
 
 
 def watch_optimizers() -> None:
@@ -56,7 +53,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
 
 
 def _runtimes(optimizer: Optimizer) -> list[Runtime]:
-    if isinstance(optimizer, AdamW) or optimizer in _strangers:
+    if isinstance(optimizer, AdamW) or optimizer in registry.strangers:
         return []
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = registry.owners(parameters)
@@ -66,5 +63,5 @@ def _runtimes(optimizer: Optimizer) -> list[Runtime]:
                 f"step: this {type(optimizer).__name__} holds parameters that mics.shard has replaced: make the "
                 "optimizer after mics.shard"
             )
-        _strangers.add(optimizer)
+        registry.strangers.add(optimizer)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from mics_core import registry
+from mics_core.comm import Answers
 from mics_core.fingerprint import fingerprint
 from mics_core.ladder import Route
 from mics_core.ledger import Ledger
-from mics_core.lifecycle import MicroStep
-from mics_core.places import Places
+from mics_core.phases import MicroStep
 from mics_core.runtime import Runtime
 from mics_core.shards import Shards
 
@@ -31,16 +31,22 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
     ...     (model(**batch) / len(micro_batches)).backward()
     """
     runtime = registry.runtime_of(model, "accumulate")
-    conductor = runtime.conductor
+    conductor, world = runtime.conductor, runtime.world
     batches = iter(micro_batches)
+    known = isinstance(micro_batches, Sized)
+    number = len(micro_batches) if isinstance(micro_batches, Sized) else 0
+    answers: Answers | None = None
     try:
         batch = next(batches, _END)
         while batch is not _END:
             following = next(batches, _END)
             last = following is _END
-            me = runtime.world.rank
-            answers = runtime.world.ask([(1 + last) * (rank == me) for rank in range(runtime.world.size)])
-            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, answers)
+            if answers is None or not known:  # once, where it is known how many there are
+                more = min(number - 1, 254) if known else int(not last)
+                answers = world.ask([(1 + more) * (rank == world.rank) for rank in range(world.size)])
+                question: Answers | None = answers
+            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, question)
+            question = None
             yield batch  # type: ignore[misc]
             batch = following
     finally:
@@ -76,26 +82,31 @@ def full_params(model: nn.Module) -> Iterator[None]:
     runtime = registry.runtime_of(model, "full_params")
     runtime.rest("full_params")
     runtime.wait()
-    runtime.conductor.open()
-    whole: list[tuple[Shards, Places, list[nn.Parameter]]] = []
+    stations = runtime.conductor.stations
     with torch.no_grad():
-        for station in runtime.conductor.stations:
-            for part, places in station.places:
-                flat = _gather_master(runtime, part)
-                parameters = [
-                    nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.trained)
-                    for slot in part.layout.slots
-                ]
-                places.own(parameters)
-                whole.append((part, places, parameters))
+        whole = [
+            (part, places, _whole_parameters(runtime, part)) for station in stations for part, places in station.places
+        ]
+    runtime.conductor.open()
+    for _, places, parameters in whole:
+        places.own(parameters)
     try:
         yield
     finally:
         with torch.no_grad():
-            for part, places, parameters in whole:
-                part.fill(parameters)
+            for part, places, _ in whole:
+                part.fill(places.owned())  # also what was put in their place
                 places.register()
         runtime.conductor.close()
+
+
+def _whole_parameters(runtime: Runtime, part: Shards) -> list[nn.Parameter]:
+    """The master weights of all ranks, in the master dtype."""
+    flat = _gather_master(runtime, part).to(runtime.precision.master)
+    return [
+        nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.trained)
+        for slot in part.layout.slots
+    ]
 
 
 def _gather_master(runtime: Runtime, part: Shards) -> torch.Tensor:

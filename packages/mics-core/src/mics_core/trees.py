@@ -20,23 +20,27 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def convert(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same value with every tensor changed."""
+    """The same value with every tensor changed; what holds none that changes stays the same object."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(convert(part, change) for part in value))
     if isinstance(value, list | tuple):
-        return type(value)(convert(part, change) for part in value)
+        parts = [convert(part, change) for part in value]
+        if all(new is old for new, old in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, Mapping):
-        changed = copy.copy(value)  # keeps its type, and what else it carries
-        for key, part in value.items():
-            changed[key] = convert(part, change)  # type: ignore[index]
-        return changed
+        entries = {key: convert(part, change) for key, part in value.items()}
+        if all(entries[key] is part for key, part in value.items()):
+            return value
+        mapping: Any = copy.copy(value)  # keeps its type, and what else it carries
+        for key, part in entries.items():
+            mapping[key] = part
+        return mapping
     if is_dataclass(value) and not isinstance(value, type):
-        changed_instance = copy.copy(value)
+        instance = copy.copy(value)
         for field in fields(value):
-            object.__setattr__(changed_instance, field.name, convert(getattr(value, field.name), change))
-        return changed_instance
+            object.__setattr__(instance, field.name, convert(getattr(value, field.name), change))
+        return instance
     return value
 
 

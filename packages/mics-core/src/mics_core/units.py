@@ -90,6 +90,10 @@ def _chosen(model: nn.Module, rule: UnitRule | None) -> dict[str, nn.Module]:
             for name, module in inner
             if name.rpartition(".")[0] in lists and not isinstance(module, _CONTAINERS)
         ]
+    elif isinstance(rule, type) or not (callable(rule) or all(isinstance(kind, type) for kind in rule)):
+        raise ConfigError(
+            f"shard: units is {rule!r}, expected a list of module classes, or a predicate of name and module"
+        )
     elif callable(rule):
         inner = [(name, module) for name, module in inner if rule(name, module)]
     else:
