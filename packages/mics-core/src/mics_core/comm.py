@@ -29,17 +29,17 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 _CPU = torch.device("cpu")
-_timeout = timedelta(minutes=10)  # for groups made later, which torch does not tell of their parent's
+_PATIENCE = timedelta(minutes=10)
+_timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later in this world; torch has one of its own
 
 
-def init(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """Join the ranks that `torchrun` started, and return this rank's device.
 
     With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
     of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error.
     """
     global _timeout
-    _timeout = timeout
     device = _CPU
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -48,6 +48,7 @@ def init(timeout: timedelta = timedelta(minutes=10)) -> torch.device:
         # gloo beside NCCL: what hosts agree on must not wait for a device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
+    _timeout = (dist.group.WORLD, timeout)
     return device
 
 
@@ -127,7 +128,7 @@ class World:
         if key not in _subgroups:
             _subgroups[key] = dist.new_group(
                 list(ranks),
-                timeout=_timeout,
+                timeout=_timeout[1] if _timeout[0] is dist.group.WORLD else _PATIENCE,
                 backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
                 use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
                 sort_ranks=False,

@@ -38,6 +38,7 @@ class Gathered:
         self.rests = all(part.rests for part in shards)
         self.residence = Residence.HERE if self.rests else Residence.AWAY
         self.arrival: Ticket = DONE
+        self.lost = False  # it did not arrive: an error is on its way up, and a late message may still write here
         self.refreshed: Ticket = DONE  # until then `shard` is not the optimizer's last word
 
 
@@ -64,7 +65,9 @@ class Gatherer:
     def arrive(self, gathered: Gathered) -> None:
         """The unit is needed now."""
         if gathered.residence is Residence.COMING:
+            gathered.lost = True
             gathered.arrival.wait()
+            gathered.lost = False
             gathered.residence = Residence.HERE
 
     def leave(self, gathered: Gathered, *, keep: bool) -> None:
@@ -78,7 +81,7 @@ class Gatherer:
 
     def release(self, gathered: Gathered) -> None:
         """Give back the memory of a unit that nobody uses."""
-        if gathered.users or gathered.rests or gathered.residence is Residence.AWAY:
+        if gathered.users or gathered.rests or gathered.lost or gathered.residence is Residence.AWAY:
             return
         self.arrive(gathered)  # a message under way needs its memory
         for part in gathered.shards:
