@@ -124,8 +124,8 @@ def best_of_three(cluster: Cluster, pairs: Sequence[tuple[int, int]], good: Call
 )
 def test_a_connection_gets_the_rate(cluster: Cluster, pairs: list[tuple[int, int]], asked: list[float]) -> None:
     def good(got: list[float]) -> bool:
-        assert all(one <= 1.05 * want for one, want in zip(got, asked, strict=True)), got
-        return all(one >= 0.95 * want for one, want in zip(got, asked, strict=True))
+        # Above it, too, may be the clock's fault: a receiver that had to wait for a core takes what had piled up at once.
+        return all(0.95 * want <= one <= 1.05 * want for one, want in zip(got, asked, strict=True))
 
     best_of_three(cluster, pairs, good)
 
@@ -135,8 +135,7 @@ def test_a_connection_gets_the_rate(cluster: Cluster, pairs: list[tuple[int, int
 @pytest.mark.parametrize("turn", [1, -1], ids=["many to one", "one to many"])
 def test_connections_share_a_wire_equally_and_use_all_of_it(turn: int) -> None:
     def good(got: list[float]) -> bool:
-        assert sum(got) <= 1.05 * RATE, got
-        return sum(got) >= 0.95 * RATE and max(got) <= 1.1 * min(got)
+        return 0.95 * RATE <= sum(got) <= 1.05 * RATE and max(got) <= 1.1 * min(got)
 
     with Cluster(4, RATE, 1.0) as cluster:
         best_of_three(cluster, [(sender, 0)[::turn] for sender in (1, 2, 3)], good)
