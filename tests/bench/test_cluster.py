@@ -124,7 +124,7 @@ def best_of_three(cluster: Cluster, pairs: Sequence[tuple[int, int]], good: Call
 )
 def test_a_connection_gets_the_rate(cluster: Cluster, pairs: list[tuple[int, int]], asked: list[float]) -> None:
     def good(got: list[float]) -> bool:
-        # Above it, too, may be the clock's fault: a receiver that had to wait for a core takes what had piled up at once.
+        # Above it, too, may be the machine's fault: a receiver that waited for a core takes what piled up at once.
         return all(0.95 * want <= one <= 1.05 * want for one, want in zip(got, asked, strict=True))
 
     best_of_three(cluster, pairs, good)
