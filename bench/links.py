@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(prog="python -m bench.links", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 400], help="Mbit/s of each node's link")
-    parser.add_argument("--sizes", type=float, nargs="+", default=[4, 16], help="MB that a rank's buffer holds")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[4, 8], help="MB that a rank's buffer holds")
     parser.add_argument("--latency", type=float, default=1.0, help="ms between two nodes, one way")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "cpu" / "links.json")
     options = parser.parse_args(arguments)

@@ -29,7 +29,7 @@ def test_pieces_together_hold_every_element_once(shapes: list[tuple[int, ...]], 
     layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], pieces)
     found: list[list[int]] = [[] for _ in shapes]
     for piece in range(pieces):
-        begin, end = layout.range(piece, pieces)
+        begin, end = layout.size // pieces * piece, layout.size // pieces * (piece + 1)
         for elements, slot, (first, last) in zip(found, layout.slots, layout.within(begin, end), strict=True):
             assert 0 <= first <= last <= end - begin
             elements += range(begin + first - slot.begin, begin + last - slot.begin)

@@ -27,9 +27,9 @@ def test_each_step_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) -
     for step in rungs.steps(1, topology.world):
         for rank in range(topology.world):
             peers = rungs.peers(rank, step)
-            nodes = {topology.node(peer) for peer in peers}
-            assert len(nodes) == (1 if rungs.link(step) is Link.NODE else len(peers))
-            assert len({topology.local(peer) for peer in peers}) == (len(peers) if len(nodes) == 1 else 1)
+            nodes, places = zip(*(divmod(peer, topology.ranks_per_node) for peer in peers), strict=True)
+            assert len(set(nodes)) == (1 if rungs.link(step) is Link.NODE else len(peers))
+            assert len(set(places)) == (len(peers) if len(set(nodes)) == 1 else 1)
 
 
 @settings(deadline=None)

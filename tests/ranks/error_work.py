@@ -1,5 +1,6 @@
 """What test_errors.py asks ranks to do wrong."""
 
+import copy
 import os
 import time
 from datetime import timedelta
@@ -28,6 +29,7 @@ def shard_with(sharding: mics.Sharding, per_node: int | None) -> None:
 def shard_differently(how: str) -> None:
     rank = dist.get_rank()
     model, sharding, precision = Model(2), mics.Sharding.mics(2), mics.Precision.fp32()
+    prefetch_bytes = None
     if rank == 1:
         if how == "sharding":
             sharding = mics.Sharding.ddp()
@@ -39,9 +41,11 @@ def shard_differently(how: str) -> None:
             model.blocks[1].up = nn.Linear(WIDTH, 2 * WIDTH)
         elif how == "frozen":
             model.embedding.weight.requires_grad_(False)
+        elif how == "prefetch_bytes":
+            prefetch_bytes = 10
         elif how == "invalid":
             sharding = mics.Sharding(2, 1, 2)
-    mics.shard(model, sharding, precision=precision)
+    mics.shard(model, sharding, precision=precision, prefetch_bytes=prefetch_bytes)
 
 
 def shard_on_mixed_nodes() -> None:
@@ -140,6 +144,66 @@ def return_nothing_to_watch() -> None:
 
     model = mics.shard(nn.Sequential(Odd(WIDTH, WIDTH)), mics.Sharding.mics(2), units=[Odd])
     model(batch())
+
+
+def run_a_copy() -> None:
+    copy.deepcopy(sharded())(batch())
+
+
+def optimize_a_stranger(how: str) -> None:
+    model, stranger = sharded(), nn.Parameter(torch.zeros(3))
+    if how == "AdamW":
+        mics.AdamW([*model.parameters(), stranger])
+    else:
+        mics.AdamW(model.parameters()).add_param_group({"params": [stranger]})
+
+
+def meddle(how: str) -> None:
+    """Do to parameters or gradients what would be lost."""
+    model = sharded()
+    optimizer = mics.AdamW(model.parameters())
+    model(batch()).backward()
+    parameter = max(model.parameters(), key=torch.Tensor.numel)
+    if how == "gradient early":
+        parameter.grad.mul_(2)  # type: ignore[union-attr]
+    elif how == "gradient replaced":
+        mics.clip_grad_norm_(model, 1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    elif how == "half":
+        model.half()
+    elif how == "data":
+        parameter.data = parameter.data.clone()
+    optimizer.step()
+
+
+def misuse_full_params(how: str) -> None:
+    model = sharded()
+    with mics.full_params(model):
+        if how == "backward":
+            model(batch()).backward()
+        else:
+            model.blocks[0].up.weight = nn.Parameter(torch.zeros(3, 3))
+
+
+class Unfilled(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def shard_unfilled() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Unfilled(WIDTH, WIDTH))
+    mics.shard(model, mics.Sharding.mics(2))
+
+
+class GivesItsWeight(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.weight
+
+
+def return_a_parameter() -> None:
+    model = nn.Sequential(GivesItsWeight(WIDTH, WIDTH))
+    mics.shard(model, mics.Sharding.mics(2), units=[GivesItsWeight])(batch())
 
 
 def stay_away(seconds: float) -> None:

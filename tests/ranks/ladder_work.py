@@ -24,10 +24,11 @@ class Case:
     def size(self) -> int:
         return self.world * self.pieces
 
-    def ladder(self) -> tuple[Ladder, Tally]:
+    def ladder(self, sharding: Sharding | None = None) -> tuple[Ladder, Tally]:
+        """Of the case's rungs, with groups for another sharding."""
         tally = Tally()
         rungs = Rungs.of(self.sharding, Topology(self.world, self.per_node))
-        return Ladder(rungs, self.sharding, World(None), tally), tally
+        return Ladder(rungs, sharding or self.sharding, World(None), tally), tally
 
     def partial(self, rank: int) -> torch.Tensor:
         """What one rank contributes."""
@@ -38,9 +39,13 @@ class Case:
         return torch.stack([self.partial(rank) for rank in range(self.world)]).sum(0)
 
 
+EVERYWHERE = Sharding.ddp().resolve(1)
+"""With these degrees the slow route has a group for every step."""
+
+
 def there_and_back(case: Case) -> dict[str, bool]:
     """Climb from 1 to every rung by way of the one before, and descend again; compare with sums over all ranks."""
-    ladder, _ = case.ladder()
+    ladder, _ = case.ladder(EVERYWHERE)
     world, rank = case.world, ladder.rank
     size = case.size
     result = {}
@@ -70,7 +75,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
 
 def straight_down_and_up(case: Case) -> dict[str, bool]:
     """Several rungs in one call, in place."""
-    ladder, tally = case.ladder()
+    ladder, tally = case.ladder(EVERYWHERE)
     size = case.size
     top = ladder.rungs.degrees[-1]
     buffer = case.partial(ladder.rank)

@@ -90,7 +90,8 @@ class Pool:
         self.numbers = itertools.count()
         self.folder = TemporaryDirectory(prefix="mics-ranks-")
         if sys.platform != "darwin":
-            with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # or the server has threads, and must not fork
+            # With threads the server must not fork; and these ranks are CPU ranks, also beside a GPU.
+            with patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
                 # tests/kernels sets it in this process, or not, by which tests are collected; ranks are all alike.
                 os.environ.pop("TRITON_INTERPRET", None)
                 get_context("forkserver").set_forkserver_preload(["torch.distributed", "pytest"])

@@ -49,7 +49,8 @@ def test_a_degree_that_does_not_fill_nodes(pool: Pool) -> None:
     [
         ("sharding", "sharding is (params=1, grads=1, optimizer=1) on rank 1 and (params=2, grads=2, optimizer=2)"),
         ("precision", "precision is Precision(compute=torch.bfloat16"),
-        ("units", "units is"),
+        ("prefetch_bytes", "prefetch_bytes is 10 on rank 1 and None on rank 0"),
+        ("units", "the models differ: rank 1 has ('unit', 'blocks.2') where rank 0 has no more"),
         ("shapes", "the models differ: rank 1 has ('blocks.1.up.weight', (64, 32)"),
         ("frozen", "the models differ: rank 1 has"),
     ],
@@ -134,6 +135,54 @@ def test_a_backward_after_gradients_were_summed(pool: Pool) -> None:
 def test_outputs_in_which_no_tensor_can_be_found(pool: Pool) -> None:
     for text in said(pool, LifecycleError, work.return_nothing_to_watch):
         assert "0: forward returned Opaque, in which no tensor can be found" in text
+
+
+def test_a_copy_of_a_sharded_model(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.run_a_copy):
+        assert "is a copy of a sharded model's" in text
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [("AdamW", "some of its parameters are not those of the sharded model"), ("group", "pass all groups at once")],
+)
+def test_an_optimizer_over_parameters_from_elsewhere(pool: Pool, how: str, sentence: str) -> None:
+    for text in said(pool, ConfigError, work.optimize_a_stranger, how):
+        assert sentence in text
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("gradient early", "was changed before it was summed over all ranks"),
+        ("gradient replaced", "was replaced by assignment"),
+        ("half", "was replaced after mics.shard"),
+        ("data", "was replaced after mics.shard"),
+    ],
+)
+def test_changes_that_would_be_lost(pool: Pool, how: str, sentence: str) -> None:
+    for text in said(pool, LifecycleError, work.meddle, how):
+        assert sentence in text
+
+
+def test_a_backward_inside_full_params(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.misuse_full_params, "backward"):
+        assert "its gradients would be lost" in text
+
+
+def test_another_shape_inside_full_params(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.misuse_full_params, "shape"):
+        assert "blocks.0.up.weight was replaced by a tensor of shape (3, 3)" in text
+
+
+def test_a_meta_model_that_leaves_a_parameter_unfilled(pool: Pool) -> None:
+    for text in said(pool, ConfigError, work.shard_unfilled):
+        assert "reset_parameters() of Unfilled leaves its bias unfilled" in text
+
+
+def test_a_unit_that_returns_its_parameter(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.return_a_parameter):
+        assert "0: its forward returned one of its parameters" in text
 
 
 def test_a_rank_that_stays_away_is_named_with_unit_and_rung(pool: Pool) -> None:

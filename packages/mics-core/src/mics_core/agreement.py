@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import nn
 
@@ -16,14 +18,16 @@ from mics_core.units import Unit, UnitRule, find
 
 @dataclass(frozen=True)
 class Request:
-    """What a rank asks for. All but the last two must be alike everywhere."""
+    """What a rank asks for. All but the last two must be alike everywhere.
+
+    `model` stands for the names of units and parameters: of a large model on many ranks they are many megabytes.
+    """
 
     sharding: Sharding | None
     precision: Precision
     ranks_per_node: int | None
     prefetch_bytes: int | None
-    units: tuple[str, ...]
-    parameters: tuple[tuple[str, tuple[int, ...], str, bool], ...]
+    model: str
     node: str
     error: str | None
 
@@ -45,18 +49,16 @@ def agree(
         resolved = sharding.resolve(world.size)
     except ConfigError as problem:
         error = str(problem)
-    parameters = tuple(
-        (member.name, tuple(member.parameter.shape), str(member.parameter.dtype), member.parameter.requires_grad)
-        for unit in units
-        for member in (*unit.trained, *unit.frozen)
-    )
-    names = tuple(unit.name for unit in units)
-    mine = Request(resolved, precision, ranks_per_node, prefetch_bytes, names, parameters, comm.node_name(), error)
+    described = _describe(units)
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()
+    mine = Request(resolved, precision, ranks_per_node, prefetch_bytes, digest, comm.node_name(), error)
     requests: list[Request] = world.tell(mine)
     for rank, request in enumerate(requests):
         if request.error is not None:
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
     _check_alike(requests)
+    if any(request.model != requests[0].model for request in requests):
+        _tell_difference(world.tell(described))
     nodes = [request.node for request in requests]
     per_node = ranks_per_node if ranks_per_node is not None else comm.ranks_per_node(nodes, whole_world=world.whole)
     topology = Topology(world.size, per_node)
@@ -103,21 +105,28 @@ def _checked_units(
 def _check_alike(requests: list[Request]) -> None:
     first = requests[0]
     for rank, request in enumerate(requests):
-        for name in ("sharding", "precision", "ranks_per_node", "prefetch_bytes", "units"):
+        for name in ("sharding", "precision", "ranks_per_node", "prefetch_bytes"):
             here, there = getattr(request, name), getattr(first, name)
             if here != there:
                 raise ConfigError(f"shard: {name} is {here} on rank {rank} and {there} on rank 0: ask alike everywhere")
-        if request.parameters != first.parameters:
-            here, there = _first_difference(request.parameters, first.parameters)
-            raise ConfigError(
-                f"shard: the models differ: rank {rank} has {here} where rank 0 has {there}: build the same model "
-                "on every rank"
-            )
 
 
-def _first_difference(mine: tuple[object, ...], theirs: tuple[object, ...]) -> tuple[object, object]:
-    for here, there in zip(mine, theirs, strict=False):
-        if here != there:
-            return here, there
-    longer = max(mine, theirs, key=len)[min(len(mine), len(theirs))]
-    return (longer, "no more parameters") if len(mine) > len(theirs) else ("no more parameters", longer)
+def _describe(units: list[Unit]) -> list[tuple[object, ...]]:
+    """Each unit, and each of its parameters."""
+    lines: list[tuple[object, ...]] = []
+    for unit in units:
+        lines.append(("unit", unit.name))
+        for member in (*unit.trained, *unit.frozen):
+            parameter = member.parameter
+            lines.append((member.name, tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad))
+    return lines
+
+
+def _tell_difference(models: list[list[tuple[object, ...]]]) -> None:
+    for rank, model in enumerate(models):
+        for here, there in zip_longest(model, models[0], fillvalue="no more parameters"):
+            if here != there:
+                raise ConfigError(
+                    f"shard: the models differ: rank {rank} has {here} where rank 0 has {there}: build the same model, "
+                    "with the same units, on every rank"
+                )

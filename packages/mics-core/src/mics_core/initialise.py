@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,10 @@ def make_equal(model: nn.Module, world: World) -> None:
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
     if world.size == 1 or not tensors:
         return
-    sums = world.tell([fingerprint(tensor).tolist() for tensor in tensors])
+    mine = [fingerprint(tensor).tolist() for tensor in tensors]
+    if len(set(world.tell(hashlib.sha256(repr(mine).encode()).digest()))) == 1:
+        return  # so many ranks do not tell each other all of it
+    sums = world.tell(mine)
     for index, tensor in enumerate(tensors):
         if any(other[index] != sums[0][index] for other in sums):
             contiguous = tensor.contiguous()

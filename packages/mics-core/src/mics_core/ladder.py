@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 
 import torch
 
@@ -27,7 +28,7 @@ class Route(Enum):
 
     GATHER = "gather"
     HOP1 = "hop 1"
-    SLOW = "slow"  # refresh, hop 2, sync, and whatever is rare
+    SLOW = "slow"  # refresh, hop 2, sync: what goes above P
 
 
 class Ladder:
@@ -38,14 +39,17 @@ class Ladder:
         self.rank = world.rank
         self._tally = tally
         self._names = [rungs.name(step) for step in rungs.steps(1, world.size)]
+        self._params = sharding.params
         self._lanes = {route: world.lane(route.value, urgent=route is Route.GATHER) for route in Route}
-        heights = {Route.GATHER: sharding.params, Route.HOP1: sharding.grads, Route.SLOW: world.size}
+        spans = {
+            Route.GATHER: (1, sharding.params),
+            Route.HOP1: (1, sharding.grads),
+            Route.SLOW: (sharding.params, world.size),
+        }
         self._groups = {
-            route: [
-                world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {route.value}")
-                for step in rungs.steps(1, height)
-            ]
-            for route, height in heights.items()
+            (route, step): world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {route.value}")
+            for route, span in spans.items()
+            for step in rungs.steps(*span)
         }
 
     def send(self, route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
@@ -71,8 +75,20 @@ class Ladder:
         for step in reversed(self.rungs.steps(low, high)):
             begin, end = self.range(whole.numel() * low, self.rungs.degrees[step], within=low)
             self._count(action, step, piece)
-            self._groups[route][step].gather(whole[begin:end], piece)
+            self._groups[route, step].gather(whole[begin:end], piece)
             piece = whole[begin:end]
+
+    def assemble(self, piece: torch.Tensor, whole: torch.Tensor, degree: int) -> None:
+        """Gather a whole state of a degree not below P, and wait for it. Rare, so it has no groups of its own."""
+        begin, end = self.range(whole.numel(), degree)
+        whole[begin:end] = piece
+        begin, end = self.range(whole.numel(), self._params)
+        for route, source, target, high, low in (
+            (Route.SLOW, piece, whole[begin:end], degree, self._params),
+            (Route.GATHER, whole[begin:end], whole, self._params, 1),
+        ):
+            job = partial(self.descend, route, "full", source, target, high, low)
+            self.send(route, "gathering a whole state", job).wait()
 
     def climb(self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int) -> list[torch.Tensor]:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
@@ -84,7 +100,7 @@ class Ladder:
             if len(parts) > 1:
                 self._tally.reduced(buffer, parts)
                 accumulate(buffer, parts, overwrite=True)
-            group = self._groups[route][step]
+            group = self._groups[route, step]
             parts = group.exchange(buffer)
             buffer = buffer.view(len(group.seat.ranks), -1)[group.seat.index]
             self._count(action, step, buffer)
@@ -104,9 +120,10 @@ class Ladder:
         return rows
 
     def _everyone(self, step: int, rows: torch.Tensor) -> torch.Tensor:
-        group = self._groups[Route.SLOW][step]
+        route = Route.GATHER if self.rungs.degrees[step] < self._params else Route.SLOW
+        group = self._groups[route, step]
         gathered = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
-        self.send(Route.SLOW, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1))).wait()
+        self.send(route, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1))).wait()
         return gathered
 
     def _count(self, action: str, step: int, piece: torch.Tensor) -> None:

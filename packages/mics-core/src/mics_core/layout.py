@@ -49,11 +49,6 @@ class Layout:
             end = slots[-1].end
         return cls(tuple(slots), _up(end, PIECE * pieces))
 
-    def range(self, piece: int, degree: int) -> tuple[int, int]:
-        """Where a piece begins and ends in the flat buffer."""
-        size = self.size // degree
-        return piece * size, (piece + 1) * size
-
     def within(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
         """For each slot the part that lies in [begin, end), counted from `begin`; empty parts are (x, x)."""
         clipped = (

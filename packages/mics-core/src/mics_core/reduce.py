@@ -168,6 +168,7 @@ class Reducer:
         if self.settled:
             return present
         for reduced in present:
+            reduced.shards.check_in_place()
             reduced.check_untouched()
             if reduced.gradient is Gradient.SHARDED:
                 self.sync(reduced)

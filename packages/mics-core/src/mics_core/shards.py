@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mics_core.errors import ConfigError, LifecycleError
 from mics_core.ladder import Ladder
 from mics_core.layout import Layout
 from mics_core.sharding import Precision, Sharding
@@ -86,6 +87,12 @@ class Shards:
         if not self.rests:
             self._storage.resize_(0)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in `flat`."""
+        if tensor.layout is not torch.strided:
+            return False  # it has no storage that could be shared
+        return tensor.untyped_storage().data_ptr() == self._storage.data_ptr()
+
     def changed(self) -> bool:
         """Whether someone wrote into the gathered parameters since the last question; that would be lost."""
         version = self.flat._version
@@ -100,6 +107,27 @@ class Shards:
             ):
                 skipped = max(0, first - slot.begin)
                 buffer[begin:end].copy_(value.reshape(-1)[skipped : skipped + end - begin])
+
+    def check_shapes(self, values: Sequence[torch.Tensor]) -> None:
+        """Raise if these are no values for the members."""
+        for slot, value in zip(self.layout.slots, values, strict=True):
+            if tuple(value.shape) != slot.shape:
+                raise ConfigError(
+                    f"full_params: {slot.name} was replaced by a tensor of shape {tuple(value.shape)}, expected "
+                    f"{slot.shape}: change values, not shapes"
+                )
+
+    def check_in_place(self) -> None:
+        """Raise if a parameter does not lie in `master` any more: what the optimizer then changes would be lost."""
+        start = self.master.data_ptr()
+        for slot, parameter, (begin, end) in zip(self.layout.slots, self.parameters, self.parts, strict=True):
+            lies = parameter.data_ptr() == start + begin * self.master.itemsize
+            if end > begin and not (lies and parameter.dtype == self.master.dtype):
+                raise LifecycleError(
+                    f"step: the memory of {slot.name} was replaced after mics.shard, as .half() or an assignment to "
+                    "p.data do, so its updates would be lost: convert the model before mics.shard, and change values "
+                    "with p.copy_()"
+                )
 
     @property
     def gradient_version(self) -> int:

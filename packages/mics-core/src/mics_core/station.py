@@ -45,6 +45,7 @@ class Station:
         found = False
         for tensor in (*trees.tensors(outputs), *self._left_behind()):
             found = True
+            self._check_own(tensor)
             if tensor.requires_grad:
                 tensor.register_hook(begin)  # type: ignore[no-untyped-call]
         if not found and self.reduced is not None:
@@ -52,6 +53,14 @@ class Station:
                 f"{self.gathered.unit}: forward returned {type(outputs).__name__}, in which no tensor can be found, so "
                 "its backward would go unnoticed: return tensors in tuples, lists, dicts or dataclasses"
             )
+
+    def _check_own(self, output: torch.Tensor) -> None:
+        for part in self.gathered.shards:
+            if not part.rests and part.holds(output):
+                raise LifecycleError(
+                    f"{self.gathered.unit}: its forward returned one of its parameters, whose memory is given back "
+                    "now: return a copy of it, or make the module that uses it part of the same unit"
+                )
 
     def watch_inputs(self, inputs: tuple[Any, Any]) -> None:
         """A unit without trained parameters is finished when the gradients of its inputs are there."""

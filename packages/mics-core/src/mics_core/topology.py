@@ -36,14 +36,6 @@ class Topology:
                 "nodes of one size"
             )
 
-    def node(self, rank: int) -> int:
-        """The node that a rank is on."""
-        return rank // self.ranks_per_node
-
-    def local(self, rank: int) -> int:
-        """A rank's number on its node."""
-        return rank % self.ranks_per_node
-
 
 @dataclass(frozen=True)
 class Rungs:

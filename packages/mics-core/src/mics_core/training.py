@@ -11,8 +11,8 @@ from torch import nn
 
 from mics_core import registry
 from mics_core.comm import Answers
+from mics_core.errors import LifecycleError
 from mics_core.fingerprint import fingerprint
-from mics_core.ladder import Route
 from mics_core.ledger import Ledger
 from mics_core.phases import MicroStep
 from mics_core.runtime import Runtime
@@ -77,7 +77,7 @@ def full_params(model: nn.Module) -> Iterator[None]:
     """Inside, every parameter is whole, in the master dtype; what is changed there is kept, cut again at the end.
 
     All ranks must enter, and change alike. Every rank holds the whole model meanwhile. A forward computes with these
-    parameters; training and optimizer steps have to wait until the end.
+    parameters; a backward raises, and steps have to wait until the end.
     """
     runtime = registry.runtime_of(model, "full_params")
     runtime.rest("full_params")
@@ -93,31 +93,41 @@ def full_params(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for part, places, _ in whole:
-                part.fill(places.owned())  # also what was put in their place
-                places.register()
+        changed = [places.owned() for _, places, _ in whole]  # also what was put in their place
+        for _, places, _ in whole:
+            places.register()
         runtime.conductor.close()
+        with torch.no_grad():
+            for (part, _, _), values in zip(whole, changed, strict=True):
+                part.check_shapes(values)
+            for (part, _, _), values in zip(whole, changed, strict=True):
+                part.fill(values)
 
 
 def _whole_parameters(runtime: Runtime, part: Shards) -> list[nn.Parameter]:
     """The master weights of all ranks, in the master dtype."""
     flat = _gather_master(runtime, part).to(runtime.precision.master)
-    return [
+    parameters = [
         nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.trained)
         for slot in part.layout.slots
     ]
+    for parameter in parameters if part.trained else ():
+        parameter.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
+    return parameters
+
+
+def _refuse_gradient(_: torch.Tensor) -> None:
+    raise LifecycleError(
+        "full_params: a backward ran inside it, and its gradients would be lost with the whole parameters: run forward "
+        "and backward outside"
+    )
 
 
 def _gather_master(runtime: Runtime, part: Shards) -> torch.Tensor:
     """The master weights of all ranks side by side."""
     degree = runtime.sharding.optimizer if part.trained else runtime.sharding.params
     flat = part.master.new_empty(part.layout.size)
-    flat[slice(*runtime.ladder.range(part.layout.size, degree))] = part.master
-    ladder = runtime.ladder
-    ladder.send(
-        Route.SLOW, "full_params", lambda: ladder.descend(Route.SLOW, "full", part.master, flat, degree, 1)
-    ).wait()
+    runtime.ladder.assemble(part.master, flat, degree)
     return flat
 
 

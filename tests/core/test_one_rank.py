@@ -1,0 +1,76 @@
+"""A world of one rank, in this process: what does not depend on how many there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mics_core as mics
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """A sharded model, and the same one as it was."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    sharded = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    sharded.load_state_dict(plain.state_dict())
+    return mics.shard(sharded, mics.Sharding.ddp()), plain
+
+
+def train(model: nn.Module, optimizer: Any, between: Callable[[Any, int], None], clip: Callable[..., Tensor]) -> None:
+    x = torch.linspace(-1, 1, 18).view(3, 6)
+    for step in range(4):
+        between(optimizer, step)
+        model(x).square().sum().backward()
+        clip()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_settings_of_the_optimizer_may_change_between_steps() -> None:
+    sharded, plain = pair()
+
+    def change(optimizer: Any, step: int) -> None:
+        group = optimizer.param_groups[0]
+        group["lr"] = 1e-2 / (step + 1)
+        group["betas"] = (0.9 - 0.1 * step, 0.99)
+        group["eps"] = 10.0 ** (-8 + step)
+        group["weight_decay"] = 0.1 * step
+
+    for model, kind in ((sharded, mics.AdamW), (plain, torch.optim.AdamW)):
+        train(model, kind(model.parameters()), change, lambda: torch.zeros(()))
+    for (name, found), expected in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.view_as(expected), expected, atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", [mics.AdamW, torch.optim.SGD])
+def test_clipping_twice_clips_what_is_left(kind: type[torch.optim.Optimizer]) -> None:
+    sharded, plain = pair()
+    norms: list[float] = []
+
+    def twice(clip: Callable[..., Tensor], target: Any) -> Callable[[], Tensor]:
+        def clip_twice() -> Tensor:
+            norms.extend([float(clip(target, 1.0)), float(clip(target, 0.25))])
+            return torch.zeros(())
+
+        return clip_twice
+
+    ours = kind(sharded.parameters(), lr=0.1)  # type: ignore[call-arg]
+    theirs = (torch.optim.AdamW if kind is mics.AdamW else kind)(plain.parameters(), lr=0.1)  # type: ignore[call-arg]
+    train(sharded, ours, lambda *_: None, twice(mics.clip_grad_norm_, sharded))
+    train(plain, theirs, lambda *_: None, twice(nn.utils.clip_grad_norm_, list(plain.parameters())))
+    assert norms[: len(norms) // 2] == pytest.approx(norms[len(norms) // 2 :], rel=1e-4)
+    for found, expected in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.view_as(expected), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_put_in_a_parameters_place_inside_full_params_stays() -> None:
+    model, _ = pair()
+    with mics.full_params(model):
+        model[0].weight = nn.Parameter(torch.full((9, 6), 2.0))  # type: ignore[operator]
+        model[2].bias.data = torch.full((4,), 3.0)  # type: ignore[operator, union-attr]
+    with mics.full_params(model):
+        assert (model[0].weight == 2).all()  # type: ignore[operator]
+        assert (model[2].bias == 3).all()  # type: ignore[operator]
