@@ -23,7 +23,8 @@ ROUNDS = 5
 
 def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
     """Each transfer, of a buffer of so many elements a rank, and the bytes that a rank sends in it."""
-    world, tally = World(None), Tally()
+    world = World(None)
+    tally = Tally(world.device)
     top = world.size
     sharding = mics.Sharding(per_node, per_node, per_node)
     ladder = Ladder(Rungs.of(sharding, Topology(top, per_node)), sharding, world, tally)

@@ -26,7 +26,7 @@ class Case:
 
     def ladder(self, sharding: Sharding | None = None) -> tuple[Ladder, Tally]:
         """Of the case's rungs, with groups for another sharding."""
-        tally = Tally()
+        tally = Tally(torch.device("cpu"))
         rungs = Rungs.of(self.sharding, Topology(self.world, self.per_node))
         return Ladder(rungs, sharding or self.sharding, World(None), tally), tally
 

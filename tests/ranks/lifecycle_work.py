@@ -152,9 +152,11 @@ class Walk:
 
         def listening(route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
             action, _, unit = what.partition(" of ")
-            assert route is {"gather": Route.GATHER, "hop 1": Route.HOP1}.get(action, Route.SLOW), (route, what)
+            routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}}
+            routes |= dict.fromkeys(("comparing", "full_params"), {Route.SLOW, Route.GATHER})
+            assert route in routes.get(action, {Route.SLOW}), (route, what)
             for number, sent in enumerate(self.sent):
-                if action == "full_params" or unit == f"blocks.{number}":
+                if action == "full_params" and action not in sent or unit == f"blocks.{number}":
                     sent.append(action)
             return send(route, what, job, after)
 

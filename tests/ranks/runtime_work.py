@@ -196,3 +196,19 @@ def timed_refresh(sharding: mics.Sharding, compute: float, transfer: float) -> t
                 mics.ledger(model)
             times.append(min(best))
     return times[0], times[1]
+
+
+def stood_still(sharding: mics.Sharding, transfer: float) -> tuple[float, float, float]:
+    """Seconds that a step without computation stood still, by the ledger; what the step took; and after a reset."""
+    model = mics.shard(Model(6), sharding, ranks_per_node=1)
+    optimizer = mics.AdamW(model.parameters())
+    steps(model, optimizer, 2, 1, marked=True)
+    with slow(transfer, "gather"):
+        mics.ledger(model).reset()
+        begin = time.perf_counter()
+        steps(model, optimizer, 1, 1, marked=True)
+        ledger = mics.ledger(model)
+        took = time.perf_counter() - begin
+    exposed = ledger.exposed
+    ledger.reset()
+    return exposed, took, mics.ledger(model).exposed

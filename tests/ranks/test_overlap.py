@@ -34,3 +34,11 @@ def test_the_next_forward_hides_the_refresh(pool: Pool) -> None:
     times = pool.run(2, work.timed_refresh, Sharding(1, 1, 2), compute, transfer)
     # The root and the first block are needed at once.
     assert hidden(times, (BLOCKS + 1) * transfer, (BLOCKS - 1) * transfer) >= 0.8
+
+
+def test_the_ledger_tells_how_long_the_computation_stood_still(pool: Pool) -> None:
+    transfer = 0.03
+    for exposed, took, after_reset in pool.run(2, work.stood_still, Sharding(2, 2, 2), transfer):
+        # Nothing computes, so nothing hides the gathers of a step.
+        assert (2 * BLOCKS - 1) * transfer < exposed < took
+        assert after_reset == 0

@@ -66,7 +66,7 @@ class Gatherer:
         """The unit is needed now."""
         if gathered.residence is Residence.COMING:
             gathered.lost = True
-            gathered.arrival.wait()
+            self._ladder.wait(gathered.arrival)
             gathered.lost = False
             gathered.residence = Residence.HERE
 

@@ -63,6 +63,10 @@ class Ladder:
 
         return self._lanes[route].submit(named, after)
 
+    def wait(self, ticket: Ticket) -> None:
+        """Let the computation wait, and count how long it stands still."""
+        self._tally.standstill.wait(ticket)
+
     def range(self, size: int, degree: int, within: int = 1) -> tuple[int, int]:
         """Where my piece of a flat buffer of `size` elements lies, counted from my piece at the degree `within`."""
         length = size // degree
@@ -88,7 +92,7 @@ class Ladder:
             (Route.GATHER, whole[begin:end], whole, self._params, 1),
         ):
             job = partial(self.descend, route, "full", source, target, high, low)
-            self.send(route, "gathering a whole state", job).wait()
+            self.send(route, "full_params", job).wait()
 
     def climb(self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int) -> list[torch.Tensor]:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
@@ -123,7 +127,8 @@ class Ladder:
         route = Route.GATHER if self.rungs.degrees[step] < self._params else Route.SLOW
         group = self._groups[route, step]
         gathered = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
-        self.send(route, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1))).wait()
+        ticket = self.send(route, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1)))
+        self.wait(ticket)
         return gathered
 
     def _count(self, action: str, step: int, piece: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from threading import Lock
 import torch
 
 from mics_core.sharding import Precision, Sharding
+from mics_core.standstill import Standstill
 from mics_core.topology import Rungs
 
 
@@ -29,7 +30,8 @@ class Traffic:
 class Tally:
     """The counters of one model on one rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.standstill = Standstill(device)
         self.links: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self.memory: dict[str, int] = defaultdict(int)
         self._lock = Lock()  # lanes count, too
@@ -163,6 +165,8 @@ class Ledger:
 
     tally: Tally
     formula: Formula
+    exposed: float
+    """Seconds that the computation stood still for transfers; on a GPU since the first `reset`."""
 
     @property
     def counted(self) -> dict[tuple[str, str], Traffic]:
@@ -182,6 +186,7 @@ class Ledger:
         """Count from zero."""
         self.tally.links.clear()
         self.tally.memory.clear()
+        self.tally.standstill.reset()
 
     def __str__(self) -> str:
         rows = [("action", "rung", "calls", "bytes sent")]

@@ -7,7 +7,7 @@ any -> NONE          the step has used it, or the user's zero_grad has dropped i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -104,7 +104,8 @@ class Reducer:
         self._hop1_travels = sharding.grads > 1
         # What does not travel in hop 1 is not rounded for it.
         staged = precision.reduce if self._hop1_travels else precision.compute
-        self._staging = _Staging(max((r.shards.layout.size for r in everything), default=0), staged)
+        largest = max((reduced.shards.layout.size for reduced in everything), default=0)
+        self._staging = _Staging(largest, staged, ladder.wait)
         self._wire_dtype = precision.reduce
         self._wire = torch.empty(0)
         self._stepped = False
@@ -127,7 +128,7 @@ class Reducer:
         early = self._mean if self._early else 1.0
         late = self._mean if not self._hop2 and not self._early else 1.0
         if overwrite and not self._hop1_travels:
-            reduced.latest.wait()
+            self._ladder.wait(reduced.latest)
             self._pack(tensors, shards.sharded, offsets, early)
             return
         buffer = self._staging.next(shards.layout.size, shards.sharded.device)
@@ -143,7 +144,7 @@ class Reducer:
             reduced.latest = self._ladder.send(Route.HOP1, what, climb, after=[reduced.latest])
             self._staging.busy_until(reduced.latest)
         else:
-            reduced.latest.wait()
+            self._ladder.wait(reduced.latest)
             climb()
 
     def sync(self, reduced: Reduced) -> None:
@@ -183,7 +184,7 @@ class Reducer:
                     if wanted and not reduced.used[index]:
                         reduced.use(index)
         for reduced in present:
-            reduced.latest.wait()
+            self._ladder.wait(reduced.latest)
             reduced.touchable()
         self.settled, self._answers = True, None
         return present
@@ -257,9 +258,10 @@ class Reducer:
 class _Staging:
     """Two buffers in turn for gradients on their way: one is filled while the other travels."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, wait: Callable[[Ticket], None]) -> None:
         self._size = size
         self._dtype = dtype
+        self._wait = wait
         self._buffers: list[torch.Tensor] = []
         self._busy: list[Ticket] = [DONE, DONE]
         self._turn = 0
@@ -269,7 +271,7 @@ class _Staging:
         if not self._buffers:
             self._buffers = [torch.empty(self._size, dtype=self._dtype, device=device) for _ in range(2)]
         self._turn = 1 - self._turn
-        self._busy[self._turn].wait()
+        self._wait(self._busy[self._turn])
         return self._buffers[self._turn][:size]
 
     def busy_until(self, ticket: Ticket) -> None:

@@ -62,7 +62,7 @@ def shard(
     precision = precision or Precision.fp32()
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)
     initialise.make_equal(model, world)
-    tally = Tally()
+    tally = Tally(world.device)
     ladder = Ladder(rungs, sharding, world, tally)
     cutter = _Cutter(model, sharding, precision, ladder, world)
     # Popped one by one: a unit's whole parameters are freed as soon as it is cut.

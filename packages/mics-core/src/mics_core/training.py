@@ -68,8 +68,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
 def ledger(model: nn.Module) -> Ledger:
     """What this rank has sent and moved in memory since the last `reset()`, and what the formula expects of a step."""
     runtime = registry.runtime_of(model, "ledger")
+    exposed = runtime.tally.standstill.seconds()  # without what only this call waits for
     runtime.wait()
-    return Ledger(runtime.tally, runtime.formula)
+    return Ledger(runtime.tally, runtime.formula, exposed)
 
 
 @contextmanager
