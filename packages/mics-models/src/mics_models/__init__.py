@@ -1,9 +1,11 @@
 """Reference models in plain torch, one file each; `python -m mics_models.pretrain` trains one."""
 
-from mics_models.configs import GPTS
+from mics_models.bert import BERT, BERTConfig
+from mics_models.configs import BERTS, GPTS
 from mics_models.generate import generate
-from mics_models.gpt import GPT, GPTConfig, chunked_cross_entropy
+from mics_models.gpt import GPT, GPTConfig
+from mics_models.loss import chunked_cross_entropy
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "GPTS", "GPTConfig", "chunked_cross_entropy", "generate"]
+__all__ = ["BERT", "BERTS", "GPT", "GPTS", "BERTConfig", "GPTConfig", "chunked_cross_entropy", "generate"]

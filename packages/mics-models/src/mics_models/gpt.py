@@ -2,14 +2,14 @@
 
 One configuration covers GPT-2 (LayerNorm, GELU, learned positions, biases, tied embedding) and the later variant
 (RMSNorm, SwiGLU, rotary positions, grouped queries, no biases). Letters in the shape comments: B samples, T tokens of
-one, C width, H heads, K key-value heads, D width of a head, V vocabulary, N = B * T.
+one, C width, H heads, K key-value heads, D width of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 1 << 25
-"""Logits that the loss holds at a time: 128 MB in float32, and 667 tokens of GPT-2's vocabulary."""
-
-IGNORED = -100
-"""The target of a token that is not to count in the loss, as in torch."""
+from mics_models.documents import expect_rows, positions_within, visible
+from mics_models.layers import Embedding, Linear
+from mics_models.loss import chunked_cross_entropy
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, [T, D / 2] each."""
+"""Cosines and sines, [1, T, D / 2] each, or [B, 1, T, D / 2] where rows hold documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,7 @@ class GPTConfig:
     tied: bool = True  # the embedding is the output projection, too
     checkpoint_blocks: bool = False  # keep only each block's input, and compute the rest again in the backward
     rotary_base: float = 10_000.0
+    norm_eps: float = 1e-5
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -102,41 +101,11 @@ class GPTConfig:
         return attention + self.width * self.hidden * (3 if self.mlp == "swiglu" else 2)
 
 
-# Each module that owns parameters fills them in reset_parameters() alone, and there are no buffers. So a model built
-# on the meta device can be brought to memory one module at a time: to_empty(recurse=False), reset_parameters().
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weights begin with a given standard deviation, its biases with zero."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float) -> None:
-        self.std = std  # first, because nn.Linear ends with reset_parameters()
-        super().__init__(inputs, outputs, bias=bias)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights again."""
-        nn.init.normal_(self.weight, std=self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class Embedding(nn.Embedding):
-    """An embedding that begins with a given standard deviation."""
-
-    def __init__(self, entries: int, width: int, *, std: float) -> None:
-        self.std = std
-        super().__init__(entries, width)
-
-    def reset_parameters(self) -> None:
-        """Draw the entries again."""
-        nn.init.normal_(self.weight, std=self.std)
-
-
 def make_norm(config: GPTConfig) -> nn.Module:
     """The configured norm over the width."""
     if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=1e-5)
-    return nn.LayerNorm(config.width, eps=1e-5, bias=config.bias)
+        return nn.RMSNorm(config.width, eps=config.norm_eps)
+    return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
 
 
 def residual_std(config: GPTConfig) -> float:
@@ -144,13 +113,13 @@ def residual_std(config: GPTConfig) -> float:
     return config.init_std / math.sqrt(2 * config.layers)
 
 
-def rotation(config: GPTConfig, length: int, device: torch.device) -> Rotation:
-    """The angles by which positions 0 .. length - 1 turn queries and keys."""
+def rotation(config: GPTConfig, positions: Tensor) -> Rotation:
+    """The angles by which positions [...] turn queries and keys: [..., D / 2]."""
     # Computed in each forward, and in float32: a buffer would have to be filled again after a build on the meta
     # device, and bfloat16 cannot tell the positions of a long sequence apart.
-    pairs = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)  # [D / 2]
+    pairs = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32)  # [D / 2]
     frequencies = config.rotary_base ** (-pairs / config.head_width)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)  # [T, D / 2]
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -172,15 +141,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.width, sum(self.widths), bias=config.bias, std=config.init_std)
         self.out = Linear(config.width, config.width, bias=config.bias, std=residual_std(config))
 
-    def forward(self, x: Tensor, by: Rotation | None) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, by: Rotation | None, seen: Tensor | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; without `seen` [B, 1, T, T] each token sees itself and all before it."""
         q, k, v = (
             rearrange(part, "b t (h d) -> b h t d", d=self.head_width)  # [B, H, T, D], [B, K, T, D] twice
             for part in self.qkv(x).split(self.widths, dim=-1)
         )
         if by is not None:
             q, k = rotate(q, by), rotate(k, by)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # [B, H, T, D]
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=self.grouped
+        )  # [B, H, T, D]
         out: Tensor = self.out(rearrange(x, "b h t d -> b t (h d)"))
         return out
 
@@ -217,40 +188,20 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, by: Rotation | None) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation | None, seen: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        x = x + self.attention(self.attention_norm(x), by)
+        x = x + self.attention(self.attention_norm(x), by, seen)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
-def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()  # [n, V]
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-
-
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, logits_at_once: int = LOGITS_AT_ONCE
-) -> Tensor:
-    """The mean cross-entropy of hidden @ weight.T, holding the logits of a few tokens at a time.
-
-    `hidden` is [..., C], `weight` [V, C], `targets` [...]. With more than one chunk the backward computes each chunk's
-    logits again: one more product with `weight`, for memory that does not grow with the number of tokens.
-    """
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()  # [N, C], [N]
-    rows = max(1, logits_at_once // weight.shape[0])
-    counted = (targets != IGNORED).sum()
-    if len(targets) <= rows:
-        return _summed_loss(hidden, weight, targets) / counted
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for some, goals in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        # Nothing here is random, so there is no generator to restore.
-        total = total + checkpoint(_summed_loss, some, weight, goals, use_reentrant=False, preserve_rng_state=False)
-    return total / counted
-
-
 class GPT(nn.Module):
-    """The decoder. `model(tokens)` returns logits, `model(tokens, targets)` the mean loss in nats per token."""
+    """The decoder. `model(tokens)` returns logits, `model(tokens, targets)` the mean loss in nats per token.
+
+    Padding at the end of a row needs no mask: no real token sees what follows it, and targets of -100 keep the padding
+    out of the loss. `documents` [B, T] numbers the documents packed into each row, anew wherever the number changes:
+    each is then computed as if it were alone in its row.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -264,30 +215,44 @@ class GPT(nn.Module):
         # A tied head is no second Parameter: one that two modules own is easily cut in two when they are moved.
         self.head = None if config.tied else Linear(config.width, config.vocab, bias=False, std=config.init_std)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """[B, T] -> logits [B, T, V], or with targets [B, T] -> the loss []; targets of -100 do not count."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """[B, T] -> logits [B, T, V], or with targets [B, T] -> the loss []; targets of -100 do not count.
+
+        With `documents` attention reads a mask of B * T * T bytes instead of knowing that it is causal.
+        """
         length = tokens.shape[1]
         if length > self.config.context:
             raise ValueError(
                 f"GPT: got sequences of {length} tokens, expected at most context = {self.config.context}: cut them, "
                 "or build the model with a longer context"
             )
+        if documents is None:
+            places, seen = torch.arange(length, device=tokens.device), None  # [T]
+        else:
+            expect_rows("GPT", "documents", documents, tokens)
+            places = positions_within(documents)  # [B, T]
+            seen = visible(documents).tril()  # [B, 1, T, T]
         x = self.embedding(tokens)  # [B, T, C]
         by = None
         if self.positions is not None:
-            x = x + self.positions(torch.arange(length, device=tokens.device))
+            x = x + self.positions(places)
         else:
-            by = rotation(self.config, length, tokens.device)
+            by = rotation(self.config, places[..., None, :])  # one for all heads
         for block in self.blocks:
             if self.config.checkpoint_blocks:
-                x = checkpoint(block, x, by, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, by, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, by)
+                x = block(x, by, seen)
         x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight  # [V, C]
         if targets is None:
             return F.linear(x, weight)
         return chunked_cross_entropy(x, weight, targets)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block in place, with torch.compile's options; the root stays as it is."""
+        for block in self.blocks:
+            block.compile(**options)
 
     def num_params(self) -> int:
         """Parameters, counted; GPTConfig.num_params() gives the same number without a model."""
