@@ -83,6 +83,15 @@ def test_text_survives_its_tokens() -> None:
     assert decode(torch.tensor([100, 50256, 101])) == "d\N{REPLACEMENT CHARACTER}e"
 
 
+def test_a_corpus_knows_its_tokens(corpus: Corpus) -> None:
+    assert corpus.vocab == 256
+    assert corpus.train[0] == corpus.held_out[0] == corpus.start
+    assert corpus.train_files == (corpus.train == corpus.start).sum()
+    assert corpus.held_out_files == (corpus.held_out == corpus.start).sum()
+    assert not (corpus.train == corpus.mask).any()
+    assert corpus.decode(corpus.encode("größe")) == "größe"
+
+
 def test_targets_are_the_tokens_that_follow() -> None:
     tokens, targets = Sampler(STREAM, seq=7, batch=4, seed=0).micro_batch(3)
     assert tokens.shape == targets.shape == (4, 7)
@@ -100,6 +109,26 @@ def test_the_same_global_batch_for_every_world_and_number_of_micro_steps() -> No
             for rank in range(world)
         ]
         assert torch.equal(torch.cat(shares), whole)
+
+
+def test_ranks_and_micro_steps_share_the_numbers_of_a_step_and_no_number_comes_twice() -> None:
+    sampler = Sampler(STREAM, seq=7, batch=12, seed=5)
+    for world, micro_steps in [(1, 1), (1, 2), (2, 3), (4, 3), (12, 1)]:
+        numbers = [
+            number
+            for step in (9, 10)
+            for micro_step in range(micro_steps)
+            for rank in range(world)
+            for number in sampler.samples(step, micro_step, micro_steps, rank, world)
+        ]
+        assert numbers == list(range(9 * 12, 11 * 12))
+
+
+def test_a_micro_batch_is_made_of_the_samples_that_are_numbered() -> None:
+    sampler = Sampler(STREAM, seq=7, batch=12, seed=5)
+    place = (9, 1, 2, 1, 3)
+    tokens = sampler.micro_batch(*place)[0]
+    assert tokens[:, 0].tolist() == [sampler.start(number) for number in sampler.samples(*place)]
 
 
 def test_the_sampler_knows_only_seed_and_step() -> None:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mics_models.data.token_files import Tokens
+
 VOCAB = 256
 FILE_START = 0
+NO_TEXT = 255
+"""The byte that no UTF-8 contains: it masks."""
 HELD_OUT_SHARE = 16
 """One file in this many is held out."""
 
@@ -27,12 +32,17 @@ SKIPPED = frozenset({"encodings", "idle_test", "lib2to3", "pydoc_data", "test", 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Two streams of tokens, one byte each in memory."""
+    """What a model trains on and is measured on, with all that is to be known about its tokens."""
 
-    train: Tensor  # uint8 [tokens]
-    held_out: Tensor  # uint8 [tokens]
-    train_files: int
+    train: Tokens
+    held_out: Tokens
+    train_files: int  # or documents, where a file holds many
     held_out_files: int
+    vocab: int  # each token is below it
+    start: int  # the token that begins each document
+    mask: int | None  # the token that hides another from a masked language model, if there is one
+    encode: Callable[[str], Tensor]  # text -> [tokens] of any integer dtype, without a start
+    decode: Callable[[Tensor], str]
 
 
 def sources(library: Path) -> list[Path]:
@@ -44,13 +54,13 @@ def sources(library: Path) -> list[Path]:
     return sorted(kept, key=lambda path: path.relative_to(library).as_posix())
 
 
-def is_held_out(content: bytes) -> bool:
-    """Which side of the split a file is on."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % HELD_OUT_SHARE == 0
+def is_held_out(content: bytes, share: int = HELD_OUT_SHARE) -> bool:
+    """Which side of the split a file or document is on, where one in `share` is held out."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % share == 0
 
 
 def standard_library(library: Path | None = None, limit: int = 64 << 20) -> Corpus:
-    """The corpus of `library` (default: this Python's own), which takes at most `limit` bytes of memory.
+    """The corpus of `library` (default: this Python's own): a byte a token, and at most `limit` bytes of memory.
 
     Files are read one at a time, and the first that would go beyond the limit ends the reading.
     """
@@ -71,7 +81,7 @@ def standard_library(library: Path | None = None, limit: int = 64 << 20) -> Corp
             "of each: name the folder of a Python installation that has the library's sources, or raise the limit"
         )
     train, held_out = (torch.frombuffer(streams[side], dtype=torch.uint8) for side in (False, True))
-    return Corpus(train, held_out, files[False], files[True])
+    return Corpus(train, held_out, files[False], files[True], VOCAB, FILE_START, NO_TEXT, encode, decode)
 
 
 def encode(text: str) -> Tensor:
@@ -81,5 +91,5 @@ def encode(text: str) -> Tensor:
 
 def decode(tokens: Tensor) -> str:
     """The text of tokens; what is no byte, or no UTF-8, becomes replacement characters."""
-    # A model with a larger vocabulary may draw tokens beyond 255, and no UTF-8 contains the byte 255.
-    return bytes(min(token, 255) for token in tokens.tolist()).decode(errors="replace")
+    # A model with a larger vocabulary may draw tokens beyond 255.
+    return bytes(min(token, NO_TEXT) for token in tokens.tolist()).decode(errors="replace")

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mics_models.data.token_files import Tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
     """Windows of a stream of tokens, each seen once per epoch, in an order that differs between epochs."""
 
-    tokens: Tensor  # [tokens], any integer dtype; it may be mapped from a file
+    tokens: Tokens  # [tokens] of any integer dtype, or files of them
     seq: int  # tokens of a sample
     batch: int  # samples of an optimizer step: of all ranks and all micro-steps together
     seed: int
@@ -40,13 +42,11 @@ class Sampler:
     def start(self, sample: int) -> int:
         """The first token of a sample, numbered through the whole run."""
         epoch, index = divmod(sample, self.windows)
-        shift = _hash(self.seed, epoch) % self.seq
+        shift = stable_hash(self.seed, epoch) % self.seq
         return shift + _shuffled(index, self.windows, (self.seed, epoch)) * self.seq
 
-    def micro_batch(
-        self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """A rank's share of a micro-step, int64 [samples, seq] twice: the tokens, and those that follow them."""
+    def samples(self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world: int = 1) -> range:
+        """The numbers of the samples that are a rank's share of a micro-step."""
         parts = micro_steps * world
         if self.batch % parts:
             raise ValueError(
@@ -60,12 +60,18 @@ class Sampler:
             )
         share = self.batch // parts
         first = step * self.batch + (micro_step * world + rank) * share
-        starts = torch.tensor([self.start(sample) for sample in range(first, first + share)])
-        samples = self.tokens[starts[:, None] + torch.arange(self.seq + 1)].long()  # [samples, seq + 1]
+        return range(first, first + share)
+
+    def micro_batch(
+        self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """A rank's share of a micro-step, int64 [samples, seq] twice: the tokens, and those that follow them."""
+        starts = map(self.start, self.samples(step, micro_step, micro_steps, rank, world))
+        samples = torch.stack([self.tokens[start : start + self.seq + 1].long() for start in starts])
         return samples[:, :-1], samples[:, 1:]
 
 
-def _hash(*numbers: int) -> int:
+def stable_hash(*numbers: int) -> int:
     """64 bits that are the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
 
@@ -82,7 +88,7 @@ def _shuffled(index: int, size: int, key: tuple[int, ...]) -> int:
     while True:
         left, right = index >> half, index & mask
         for turn in range(4):
-            left, right = right, left ^ (_hash(*key, turn, right) & mask)
+            left, right = right, left ^ (stable_hash(*key, turn, right) & mask)
         index = left << half | right
         if index < size:
             return index
