@@ -6,8 +6,8 @@ PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
-.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels bench-host bench-links \
-	bench-peers gpu-check pretrain dist lock clean
+.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels bench-host \
+	bench-training bench-links bench-peers gpu-check pretrain dist lock clean
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,8 +18,9 @@ setup: ## Build .venv with the locked versions, with a CPU build of torch where 
 # On a busy machine OpenMP's threads otherwise burn the time slices of those they wait for: seven times slower, measured.
 PATIENT := OMP_WAIT_POLICY=passive
 
+# Two processes: one with the tests of ranks, which mostly wait, one with those that compute (tests/conftest.py).
 test: setup ## Run the tests.
-	@$(PATIENT) $(PY) -m pytest $(ARGS)
+	@$(PATIENT) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # The interpreter of Triton 3.6 fails on numpy 2.4.
 OLDEST := triton==3.6.0 numpy==2.3.5
@@ -46,13 +47,16 @@ format: setup ## Format the code and repair what the linter can.
 	@$(PY) -m ruff check --fix-only
 	@$(PY) -m ruff format
 
-bench: bench-host bench-links bench-peers bench-kernels ## Run every benchmark there is.
+bench: bench-host bench-training bench-links bench-peers bench-kernels ## Run every benchmark there is.
 
 bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
 	@$(PY) -m bench.kernels $(ARGS)
 
 bench-host: setup ## Measure what the runtime costs the host for each unit, against FSDP2.
 	@$(PY) -m bench.host $(ARGS)
+
+bench-training: setup ## Measure a training step on one rank, against plain PyTorch.
+	@$(PY) -m bench.training $(ARGS)
 
 bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root).
 	@$(PY) -m bench.links $(ARGS)
@@ -61,13 +65,16 @@ bench-peers: setup ## Measure a training step on emulated nodes against FSDP2 (n
 	@$(PY) -m bench.peers $(ARGS)
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
-gpu-check: ## Run the GPU tests and kernel benchmarks, without a set-up where PYTHON has all they need.
+gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need.
 	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, torch, triton' 2>/dev/null; \
 	then py=$(GPU_PYTHON); else tools/setup.sh && py=$(PY) || exit 1; fi; \
 	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)
 
+# Four CPU ranks stand for two nodes of two, so that partition groups of two and both hops have something to do.
+RANKS = $(if $(filter GPU,$(firstword $(shell nvidia-smi -L 2>/dev/null))),gpu,4)
+ONE_MACHINE = OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node
 pretrain: setup ## Train a small GPT on the sources of Python's standard library: three minutes on 2 cores.
-	@$(PATIENT) $(PY) -m mics_models.pretrain $(ARGS)
+	@$(PATIENT) $(ONE_MACHINE) $(RANKS) -m mics_models.pretrain $(if $(filter 4,$(RANKS)),sharding.ranks_per_node=2) $(ARGS)
 
 dist: setup ## Build the wheels and source archives into dist/, and try the wheels in an empty environment.
 	@rm -rf dist

@@ -1,6 +1,8 @@
-"""All that needs a GPU, in one command: the kernels' tests, compiled, then the kernel benchmarks, into one JSON.
+"""All that needs a GPU, in one command: the tests, kernels compiled, and the kernel benchmarks into one JSON; then a
+training step against plain PyTorch into another.
 
-    python -m bench.gpu_check [--out DIR] [--minutes 5] [--ops pack,adamw] [--skip-tests] [--commit HASH]
+    python -m bench.gpu_check [--out DIR] [--minutes 5] [--ops pack,adamw] [--skip-tests] [--skip-training]
+        [--commit HASH]
 
 The record is written before the first step and after every one, so a run that is killed leaves what it had. Failed
 tests and wrong results are a failure; missed goals are printed and recorded.
@@ -159,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="after which what is left is dropped; default 5")
     parser.add_argument("--ops", type=chosen_ops, default=list(OPS), help="of the benchmarks, as pack,adamw")
     parser.add_argument("--skip-tests", action="store_true", help="only the benchmarks")
+    parser.add_argument("--skip-training", action="store_true", help="without a training step")
     parser.add_argument("--commit", default="", help="the commit, where the tree was copied without its history")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -173,7 +176,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, seconds = cases(device, options.ops), 60 * options.minutes
     right = check(bench, path, record, tests=tests, chosen=chosen, seconds=seconds)
     print(f"\nwritten to {path}", file=sys.stderr)
+    if not options.skip_training:
+        right &= train(device, options.out, options.commit)
     return 0 if right else 1
+
+
+def train(device: torch.device, out: Path, commit: str) -> bool:
+    """Measure a training step of a GPT that fits twice, in a process of its own; whether that went well."""
+    large = torch.cuda.get_device_properties(device).total_memory > 75e9
+    model = ["--model", "gpt-1.3b", "--seq", "2048"] if large else ["--model", "gpt2-124m", "--seq", "1024"]
+    words = ["-m", "bench.training", *model, "--precision", "bf16", "--samples", "4", "--seconds", "40"]
+    run = subprocess.run([sys.executable, *words, "--out", str(out), "--commit", commit], cwd=ROOT, timeout=240)
+    return run.returncode == 0
 
 
 if __name__ == "__main__":

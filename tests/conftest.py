@@ -27,6 +27,16 @@ def pytest_report_header() -> str:
     return ", ".join([*versions, f"commit {commit or 'unknown'}"])
 
 
+WAITING = ("bench", "checkpoint", "core", "ranks", "repository")
+"""Folders whose tests start processes and wait for them. They take turns, beside those that compute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group("waiting" if folder in WAITING else "computing"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -29,6 +29,14 @@ def test_host_cost_is_compared_with_plain_pytorch_and_fsdp2(tmp_path: Path) -> N
     assert found["mics_over_fsdp2"] > 0
 
 
+def test_a_training_step_is_compared_with_plain_pytorch(tmp_path: Path) -> None:
+    small = ["--seconds", "0.1", "--samples", "1", "--seq", "16", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "bench.training", *small], check=True, cwd=ROOT)
+    found = json.loads((tmp_path / "cpu" / "training.json").read_text())
+    assert set(found["variants"]) == {"plain PyTorch", "mics"}
+    assert 0 < found["mics_over_plain"]["low"] <= found["mics_over_plain"]["high"]
+
+
 @needs_nodes
 def test_transfers_between_nodes_are_set_against_their_link(tmp_path: Path) -> None:
     out = tmp_path / "links.json"

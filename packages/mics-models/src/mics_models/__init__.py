@@ -2,9 +2,9 @@
 
 from mics_models.bert import BERT, BERTConfig
 from mics_models.configs import BERTS, GPTS
-from mics_models.generate import generate
 from mics_models.gpt import GPT, GPTConfig
 from mics_models.loss import chunked_cross_entropy
+from mics_models.sampling import generate
 
 __version__ = "0.1.0"
 

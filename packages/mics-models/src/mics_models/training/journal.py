@@ -1,0 +1,47 @@
+"""What a run leaves to be read by programs: a line of JSON and TensorBoard's scalars for each report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+
+
+class Journal:
+    """The log of a run in its folder; a resumed run goes on where its checkpoint was, and drops what came after."""
+
+    def __init__(self, folder: Path, *, first: int, tensorboard: bool) -> None:
+        self.path = folder / LOG
+        kept = [row for row in read(folder) if row["step"] <= first]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """A report; `row["step"]` is the number of steps done."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Write out what is left."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The reports of a run so far. A last line that a kill cut short is left out."""
+    path = folder / LOG
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

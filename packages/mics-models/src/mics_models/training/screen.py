@@ -1,0 +1,65 @@
+"""What the person at the terminal sees: the plan, a live bar, and a line for each report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PARTS = ("compute", "exposed", "optimizer")
+
+
+class Screen:
+    """Rank 0's terminal; other ranks are silent. Without a terminal there are lines alone, and no bar."""
+
+    def __init__(self, *, speaks: bool) -> None:
+        self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self._console.print(text, markup=False)
+
+    def plan(self, title: str, rows: Mapping[str, str]) -> None:
+        """The plan: a name and a text in each row."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, text in rows.items():
+            table.add_row(name, text)
+        self._console.print(table)
+
+    def begin(self, first: int, steps: int) -> None:
+        """Training begins, after `first` steps that were done before."""
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("training", total=steps, completed=first)
+            self._bar.start()
+
+    def stepped(self, done: int, loss: float) -> None:
+        """So many steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=f"loss {loss:.3f}")
+
+    def report(self, row: Mapping[str, float], steps: int) -> None:
+        """What the journal was told, as a line."""
+        words = [f"step {row['step']:>{len(str(steps))}.0f}/{steps}", f"loss {row['loss']:.4f}"]
+        if "held_out" in row:
+            words.append(f"held out {row['held_out']:.4f}")
+        words.append(f"norm {row['norm']:.2f}")
+        if "tokens_per_second" in row:
+            words += [f"{row['tokens_per_second']:,.0f} tokens/s", f"MFU {row['mfu']:.1%}"]
+            shares = ", ".join(f"{name} {row[name] / row['step_seconds']:.0%}" for name in PARTS)
+            words.append(f"{row['step_seconds'] * 1e3:.0f} ms a step ({shares})")
+            left = round((steps - row["step"]) * row["step_seconds"])
+            words.append(f"ETA {left // 60}:{left % 60:02d}")
+        self.say("  ".join(words))
+
+    def end(self) -> None:
+        """Training is over."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,251 @@
+"""What a run is told: a TOML file, and `table.key=value` on the command line over it.
+
+Every key has a default here, which is what `make pretrain` runs: some minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model."""
+
+    name: str = "byte-tiny"  # in mics_models.GPTS or BERTS
+    compile: bool = False  # each block, with torch.compile
+    config: Mapping[str, Any] = field(default_factory=dict)  # of its configuration, what is to be different
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What it learns from."""
+
+    folder: str = ""  # made by `python -m mics_models.data prepare`; empty: the sources of Python's standard library
+    packed: bool = False  # tokens see no other document than their own
+    masked: float = 0.15  # of the tokens, for a BERT
+
+
+@dataclass(frozen=True)
+class ShardingSettings:
+    """Into how many pieces each state is cut. 0 for params: the ranks of a node; for the others: as the one before."""
+
+    params: int = 0
+    grads: int = 0
+    optimizer: int = 0  # -1: all ranks
+    ranks_per_node: int = 0  # 0: as the launcher says
+    precision: str = "fp32"  # or bf16, fp16
+    prefetch_mb: int = -1  # gathered ahead of its use; -1: the largest unit
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What a step takes."""
+
+    samples: int = 16  # of all ranks and micro-steps
+    seq: int = 128  # tokens of a sample
+    micro_steps: int = 2
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices, not of norms and biases
+    clip: float = 1.0  # the largest norm of the gradient
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """How long, and at which rate."""
+
+    steps: int = 500
+    minutes: float = 0.0  # end after these, whatever; 0: no limit
+    kind: str = "cosine"  # or wsd: warm up, stay, decay
+    warmup: float = 0.05  # of the steps
+    decay: float = 0.2  # of the steps, at the end, with wsd
+    last: float = 0.05  # of the rate, at the end
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The loss on held-out data."""
+
+    every: int = 100  # steps; 0: at the end only
+    batches: int = 4  # of as many samples as a step takes
+    sampled: int = 240  # tokens that a GPT writes at the end
+    prompt: str = "\ndef "
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is kept."""
+
+    every: int = 200  # steps; 0: at the end only
+    keep: int = 2
+    background: bool = True  # write while training goes on
+    resume: bool = False  # go on where the run in `output` stopped
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is said."""
+
+    every: int = 20  # steps
+    tensorboard: bool = True
+    peak_tflops: float = 0.0  # of one device, for the MFU; 0: known by its name, else measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it."""
+
+    output: str = ""  # a folder; empty: runs/ and the time
+    seed: int = 0  # of weights, batches and the sample
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    sharding: ShardingSettings = field(default_factory=ShardingSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        above_zero = ("batch.samples", "batch.seq", "batch.micro_steps", "optimizer.lr", "schedule.steps", "log.every")
+        for key in (*above_zero, "evaluation.batches", "checkpoint.keep"):
+            if not _at(self, key) > 0:
+                raise ValueError(f"settings: {key} is {_at(self, key)}, expected more than 0: raise it")
+        for key in ("schedule.minutes", "evaluation.every", "evaluation.sampled", "checkpoint.every", "optimizer.clip"):
+            if not _at(self, key) >= 0:
+                raise ValueError(f"settings: {key} is {_at(self, key)}, expected 0 or more: raise it")
+        for key in ("schedule.warmup", "schedule.decay", "schedule.last", "data.masked"):
+            if not 0 <= _at(self, key) <= 1:
+                raise ValueError(f"settings: {key} is {_at(self, key)}, expected a share from 0 to 1: change it")
+        for key, allowed in (("schedule.kind", ("cosine", "wsd")), ("sharding.precision", ("fp32", "bf16", "fp16"))):
+            if _at(self, key) not in allowed:
+                raise ValueError(f"settings: {key} is {_at(self, key)!r}, expected one of {allowed}: choose one")
+        if self.checkpoint.resume and not self.output:
+            raise ValueError("settings: checkpoint.resume is true, expected the output of the run to resume: name it")
+
+
+def read(file: Path | None, changes: Sequence[str]) -> Settings:
+    """The settings of a file, with `table.key=value` over them; an unknown key is an error that names the nearest."""
+    table: dict[str, Any] = {}
+    if file is not None:
+        try:
+            table = tomllib.loads(file.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"settings: {file} is no TOML ({error}), expected tables of keys: repair it") from error
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise ValueError(
+                f"settings: got {change!r}, expected table.key=value, such as batch.seq=256: add the value"
+            )
+        _put(table, key.strip().split("."), _value(value.strip()), change)
+    return _build(Settings, table, "")
+
+
+def flatten(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Every key with its value."""
+
+    def walk(table: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+        for name, value in table.items():
+            if isinstance(value, Mapping) and before + name != "model.config":
+                yield from walk(value, f"{before}{name}.")
+            else:
+                yield before + name, value
+
+    return walk(asdict(settings), "")
+
+
+def to_toml(settings: Settings) -> str:
+    """A file that `read` makes the same settings of."""
+    lines = {"": [f"{name} = {_literal(value)}" for name, value in flatten(settings) if "." not in name]}
+    for key, value in flatten(settings):
+        table, _, name = key.rpartition(".")
+        if key == "model.config":
+            lines[key] = [f"{inner} = {_literal(what)}" for inner, what in value.items()]
+        elif table:
+            lines.setdefault(table, []).append(f"{name} = {_literal(value)}")
+    parts = ["\n".join([f"[{table}]"] * bool(table) + rows) for table, rows in lines.items() if rows]
+    return "\n\n".join(parts) + "\n"
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """What to do about an unknown key, as the end of a sentence."""
+    close = get_close_matches(key, known, 1, 0.5)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+
+
+def _at(settings: Settings, key: str) -> Any:
+    table, _, name = key.partition(".")
+    return getattr(getattr(settings, table), name)
+
+
+def _build(kind: type[Section], table: Mapping[str, Any], before: str) -> Section:
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    default = kind()
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        key = before + name
+        if name not in known:
+            raise ValueError(f"settings: {key} is unknown, {nearest(key, [before + other for other in known])}")
+        expected = getattr(default, name)
+        if is_dataclass(expected):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"settings: {key} is {value!r}, expected a table of keys: write {key}.KEY = VALUE")
+            values[name] = _build(type(expected), value, f"{key}.")
+        else:
+            values[name] = _typed(key, value, expected)
+    return kind(**values)
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(
+            f"settings: {key} is {value!r}, expected a value like {default!r}: write a {type(default).__name__}"
+        )
+    return value
+
+
+def _value(text: str) -> Any:
+    """A value as TOML writes it; what is none is a string, so that shells need no second quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(table: dict[str, Any], path: Sequence[str], value: Any, change: str) -> None:
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(
+                f"settings: {change!r} sets a key inside {name}, which is a value: drop the part behind it"
+            )
+    table[path[-1]] = value
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    return repr(value)

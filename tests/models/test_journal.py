@@ -1,0 +1,45 @@
+"""The log of a run: what a resumed run keeps of it, and what a kill in the middle of a line leaves."""
+
+from pathlib import Path
+
+from mics_models.training import journal
+from mics_models.training.curves import draw
+from mics_models.training.journal import Journal
+
+
+def write(folder: Path, *steps: int, first: int = 0, tensorboard: bool = False) -> None:
+    log = Journal(folder, first=first, tensorboard=tensorboard)
+    for step in steps:
+        log.write({"step": step, "loss": 1 / step, "tokens_per_second": 10.0})
+    log.close()
+
+
+def test_what_came_after_the_checkpoint_is_dropped_when_a_run_goes_on_from_it(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20, 30)
+    write(tmp_path, 30, 40, first=20)
+    assert [row["step"] for row in journal.read(tmp_path)] == [10, 20, 30, 40]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20)
+    log = tmp_path / journal.LOG
+    log.write_text(log.read_text() + '{"step": 30, "lo')
+    assert [row["step"] for row in journal.read(tmp_path)] == [10, 20]
+    write(tmp_path, 30, first=20)
+    assert [row["step"] for row in journal.read(tmp_path)] == [10, 20, 30]
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, 10, 20, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("tokens_per_second")] == [(10, 10), (20, 10)]
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+
+
+def test_the_curves_are_a_picture(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20)
+    draw([*journal.read(tmp_path), {"step": 20, "held_out": 3.0}], "a run", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""What a run is told: files, changes on the command line, and what is said of mistakes."""
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mics_models.training.batches import configure
+from mics_models.training.settings import ModelSettings, Settings, flatten, read, to_toml
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@st.composite
+def told(draw: st.DrawFn) -> Settings:
+    """Settings with some keys changed to other legal values."""
+    changes: dict[str, Any] = {}
+    if draw(st.booleans()):
+        changes["output"] = draw(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1))
+    for name in ("batch", "optimizer", "schedule", "log"):
+        section = getattr(Settings(), name)
+        for each in fields(section):
+            default = getattr(section, each.name)
+            if draw(st.booleans()) and type(default) is int:
+                section = replace(section, **{each.name: draw(st.integers(1, 10**9))})
+            elif draw(st.booleans()) and type(default) is float:
+                section = replace(section, **{each.name: draw(st.floats(1e-9, 1))})
+        changes[name] = section
+    if draw(st.booleans()):
+        config = draw(st.dictionaries(st.sampled_from(["layers", "width"]), st.integers(1, 99)))
+        changes["model"] = ModelSettings(config=config)
+    return Settings(**changes)
+
+
+@settings(deadline=None)
+@given(told())
+def test_what_is_written_is_what_is_read(told: Settings) -> None:
+    assert through_file(to_toml(told)) == told
+
+
+def through_file(text: str, *changes: str) -> Settings:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "told.toml"
+        file.write_text(text)
+        return read(file, changes)
+
+
+def test_every_key_is_written_once_and_has_a_default() -> None:
+    keys = [key for key, _ in flatten(Settings())]
+    assert len(keys) == len(set(keys)) > 30
+    assert not any(is_dataclass(value) for _, value in flatten(Settings()))
+
+
+def test_the_command_line_goes_over_the_file() -> None:
+    file = '[batch]\nseq = 64\nsamples = 4\n[model]\nname = "bert-tiny"\n'
+    found = through_file(file, "batch.seq=32", "optimizer.lr=1", "model.config.layers=3", "output=runs/a b")
+    assert (found.batch.seq, found.batch.samples, found.model.name) == (32, 4, "bert-tiny")
+    assert found.optimizer.lr == 1.0
+    assert isinstance(found.optimizer.lr, float)
+    assert found.output == "runs/a b"
+    assert configure(found.model).layers == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("batch.sequence=3", r"batch.sequence is unknown, did you mean batch.seq\?"),
+        ("shedule.steps=3", r"shedule is unknown, did you mean schedule\?"),
+        ("batch=3", "batch is 3, expected a table of keys"),
+        ("batch.seq=short", "batch.seq is 'short', expected a value like 128: write a int"),
+        ("batch.seq=1.5", "batch.seq is 1.5, expected a value like 128"),
+        ("model.compile=1", "model.compile is 1, expected a value like False"),
+        ("batch.seq.more=1", "batch.seq is {'more': 1}, expected a value like 128"),
+        ("seq", "got 'seq', expected table.key=value"),
+        ("batch.seq=0", "batch.seq is 0, expected more than 0"),
+        ("schedule.minutes=-1", "schedule.minutes is -1.0, expected 0 or more"),
+        ("schedule.warmup=2", "schedule.warmup is 2.0, expected a share from 0 to 1"),
+        ("schedule.kind=linear", r"schedule.kind is 'linear', expected one of \('cosine', 'wsd'\)"),
+        ("checkpoint.resume=true", "expected the output of the run to resume"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_says_what_to_do(change: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as raised:
+        read(None, [change])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_toml_is_named() -> None:
+    with pytest.raises(ValueError, match=r"told.toml is no TOML .*, expected tables of keys"):
+        through_file("[batch\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (ModelSettings("gpt-124m"), r"'gpt-124m', an unknown model, did you mean gpt2-124m\?"),
+        (ModelSettings(config={"layer": 2}), r"model.config.layer is unknown, did you mean layers\?"),
+    ],
+)
+def test_an_unknown_model_or_key_of_its_configuration(model: ModelSettings, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        configure(model)
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_the_examples_can_be_read(example: Path) -> None:
+    told = read(example, ())
+    assert told.output
+    assert configure(told.model).num_params() > 1e8

@@ -1,0 +1,61 @@
+"""What test_pretraining.py asks ranks to do: train reference models for some steps, and tell the losses."""
+
+import torch
+import torch.distributed as dist
+
+import mics_core as mics
+from mics_models.data import Corpus, decode, encode
+from mics_models.pretrain import Training
+from mics_models.training.settings import (
+    BatchSettings,
+    DataSettings,
+    ModelSettings,
+    ScheduleSettings,
+    Settings,
+    ShardingSettings,
+)
+
+STEPS = 20
+SMALL: dict[str, ModelSettings] = {
+    "gpt": ModelSettings("byte-tiny", config={"layers": 2, "width": 32, "hidden": 64, "context": 32}),
+    "bert": ModelSettings("bert-tiny", config={"layers": 2, "width": 32, "hidden": 64, "heads": 4, "context": 32}),
+}
+
+
+def corpus() -> Corpus:
+    """Words that come again and again."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 128, (40, 6), generator=generator, dtype=torch.uint8)
+    words[:, -1] = 0
+    text = words[torch.randint(40, (4000,), generator=generator)].flatten()
+    return Corpus(text[:20000], text[20000:], 1, 1, 256, 0, 255, encode, decode)
+
+
+def settings(name: str, degrees: tuple[int, int, int], *, packed: bool = False) -> Settings:
+    return Settings(
+        model=SMALL[name],
+        data=DataSettings(packed=packed),
+        sharding=ShardingSettings(*degrees, ranks_per_node=min(2, degrees[2])),
+        batch=BatchSettings(samples=8, seq=32, micro_steps=2),
+        schedule=ScheduleSettings(steps=STEPS),
+    )
+
+
+def losses(told: Settings) -> list[float]:
+    """The mean loss of each step over all ranks and micro-steps."""
+    training = Training(told, corpus(), torch.device("cpu"))
+    found = []
+    for step in range(STEPS):
+        mine, _ = training.step(step)
+        mean = mine.mean()
+        dist.all_reduce(mean)
+        found.append(mean.item() / training.world)
+    mics.check_replicas(training.model)
+    return found
+
+
+def start(told: Settings) -> dict[str, torch.Tensor]:
+    """The weights that training begins with."""
+    training = Training(told, corpus(), torch.device("cpu"))
+    with mics.full_params(training.model):
+        return {name: value.clone() for name, value in training.model.state_dict().items()}

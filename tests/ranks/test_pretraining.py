@@ -1,0 +1,60 @@
+"""Reference models learn the same under every sharding as in one process of plain PyTorch."""
+
+from functools import cache
+from itertools import combinations_with_replacement
+
+import pytest
+import torch
+
+import pretraining_work as work
+from mics_models.training.batches import Batches, build, configure
+from mics_models.training.schedule import rate
+from pool import Pool
+
+RANKS = 4
+CHAINS = tuple(combinations_with_replacement((1, 2, 4), 3))  # each divides the next
+
+
+@cache
+def plain(name: str, packed: bool) -> list[float]:
+    """The losses of PyTorch alone, on all ranks' batches, with the weights that one rank draws."""
+    told = work.settings(name, (1, 1, 1), packed=packed)
+    config = configure(told.model)
+    model = build(config)
+    model.load_state_dict(work.start(told))
+    batches = [Batches(told, config, work.corpus(), rank, RANKS) for rank in range(RANKS)]
+    decayed, others = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": told.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    betas = (told.optimizer.beta1, told.optimizer.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=told.optimizer.eps)
+    found = []
+    for step in range(work.STEPS):
+        total = 0.0
+        for micro_step in range(told.batch.micro_steps):
+            for each in batches:
+                loss = model(**each.training(step, micro_step)) / (RANKS * told.batch.micro_steps)
+                loss.backward()
+                total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), told.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = told.optimizer.lr * rate(step, told.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("degrees", CHAINS, ids=str)
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_twenty_steps_have_the_losses_of_plain_pytorch(pool: Pool, name: str, degrees: tuple[int, int, int]) -> None:
+    expected = plain(name, packed=False)
+    assert expected[-1] < expected[0] - 0.3, "the reference learns nothing, so nothing is shown"
+    for found in pool.run(RANKS, work.losses, work.settings(name, degrees)):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_packed_documents_have_the_losses_of_plain_pytorch(pool: Pool, name: str) -> None:
+    for found in pool.run(RANKS, work.losses, work.settings(name, (2, 2, 4), packed=True)):
+        assert found == pytest.approx(plain(name, packed=True), rel=1e-4)
+    assert plain(name, packed=True) != plain(name, packed=False)

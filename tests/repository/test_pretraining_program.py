@@ -1,0 +1,147 @@
+"""The pretraining program as users start it: a whole run, an interrupted one that goes on, and one that goes wrong."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mics_models.training import journal
+
+TINY = (
+    "model.config.layers=1",
+    "model.config.width=32",
+    "model.config.hidden=64",
+    "batch.seq=32",
+    "batch.samples=8",
+    "evaluation.batches=1",
+    "evaluation.sampled=5",
+    "log.every=2",
+    "log.tensorboard=false",
+    "log.peak_tflops=1",
+)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def command(*changes: str, launcher: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, *launcher, "-m", "mics_models.pretrain", *TINY, *changes]
+
+
+def run(*changes: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    whole = command(*changes, launcher=launcher)
+    return subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def losses(folder: Path) -> dict[float, float]:
+    return {row["step"]: row["loss"] for row in journal.read(folder)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of 12 steps on two ranks, and what it said."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("schedule.steps=12", "checkpoint.every=4", f"output={folder}", launcher=TWO_RANKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, str]) -> None:
+    folder, said = whole
+    for name in ("model", "data", "ranks", "sharding", "memory", "traffic", "batch", "schedule"):
+        assert re.search(rf"^{name} ", said, re.M), said
+    assert re.search(r"step 12/12  loss \d\.\d+  norm .* tokens/s  MFU .*compute \d+%, exposed \d+%, optimizer", said)
+    assert "a sample:\n\ndef " in said
+    assert re.search(r"^held-out loss \d\.\d+ nats a token \(a uniform guess: 5.545\) after 12 steps", said, re.M)
+    assert (folder / "curves.png").exists()
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
+    assert list(losses(folder)) == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    expected = losses(whole[0])
+    folder = tmp_path / "run"
+    settings = ("schedule.steps=12", "checkpoint.every=0", f"output={folder}")
+    # Slow steps, so that the signal comes between them.
+    program = "import time, mics_models.pretrain as p; step = p.Training.step\n"
+    program += "p.Training.step = lambda self, n: (time.sleep(0.4), step(self, n))[1]\nraise SystemExit(p.main())"
+    slow = tmp_path / "slow.py"
+    slow.write_text(program)
+    started = [sys.executable, *TWO_RANKS, str(slow), *TINY, *settings]
+    with subprocess.Popen(started, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        while not (folder / journal.LOG).exists() or len(losses(folder)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[0]
+    stopped = re.search(r"stopped after (\d+) of 12 steps", said)
+    assert stopped
+    assert 4 <= int(stopped[1]) < 12
+    done = run(*settings, "checkpoint.resume=true", launcher=TWO_RANKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming after step {stopped[1]}" in done.stdout
+    found = losses(folder)
+    assert {step: found[step] for step in expected} == expected
+
+
+def test_an_output_that_has_a_run_is_refused(whole: tuple[Path, str]) -> None:
+    done = run(f"output={whole[0]}")
+    assert done.returncode == 1
+    assert "has a run already, expected a new folder" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_samples(tmp_path: Path) -> None:
+    done = run("optimizer.lr=1e38", "optimizer.clip=0", "schedule.warmup=0", f"output={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert re.search(
+        r"FloatingPointError: pretrain: the loss of step \d+ is not finite in micro-step 0 on rank 0, on samples \d+ to "
+        r"\d+ of seed 0, expected a finite one",
+        done.stderr,
+    )
+
+
+def test_an_unknown_key_is_a_usage_error_that_suggests_the_nearest() -> None:
+    done = run("batch.sequence=3")
+    assert done.returncode == 2
+    assert "batch.sequence is unknown, did you mean batch.seq?" in done.stderr
+
+
+def test_text_comes_from_a_run(whole: tuple[Path, str]) -> None:
+    sample = [sys.executable, "-m", "mics_models.generate", str(whole[0]), "--prompt", "import ", "--tokens", "7"]
+    done = subprocess.run(sample, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import ")
+    assert "Warning" not in done.stderr
+
+
+def test_two_nodes_train_together_by_the_recipe_of_the_examples(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "examples" / "two-nodes.sh"
+    settings = (*TINY, "schedule.steps=4", f"output={tmp_path / 'run'}")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    agents = [
+        subprocess.Popen(
+            [recipe, str(node), "127.0.0.1", *settings],
+            env=ENVIRONMENT | {"RANKS": "2", "PORT": port, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert re.search(r"^ranks +4 on cpu, 2 on a node", said[0], re.M)
