@@ -153,10 +153,10 @@ class Walk:
         def listening(route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
             action, _, unit = what.partition(" of ")
             routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}}
-            routes |= dict.fromkeys(("comparing", "full_params"), {Route.SLOW, Route.GATHER})
+            routes |= {rare: {Route.SLOW, Route.GATHER} for rare in ("comparing", "full_params")}
             assert route in routes.get(action, {Route.SLOW}), (route, what)
             for number, sent in enumerate(self.sent):
-                if action == "full_params" and action not in sent or unit == f"blocks.{number}":
+                if (action == "full_params" and action not in sent) or unit == f"blocks.{number}":
                     sent.append(action)
             return send(route, what, job, after)
 

@@ -105,8 +105,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_samples(tmp_path: 
     done = run("optimizer.lr=1e38", "optimizer.clip=0", "schedule.warmup=0", f"output={tmp_path / 'run'}")
     assert done.returncode == 1
     assert re.search(
-        r"FloatingPointError: pretrain: the loss of step \d+ is not finite in micro-step 0 on rank 0, on samples \d+ to "
-        r"\d+ of seed 0, expected a finite one",
+        r"FloatingPointError: pretrain: the loss of step \d+ is not finite in micro-step \d on rank 0, on samples \d+ "
+        r"to \d+ of seed 0, expected a finite one",
         done.stderr,
     )
 
