@@ -71,10 +71,12 @@ gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON ha
 	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)
 
 # Four CPU ranks stand for two nodes of two, so that partition groups of two and both hops have something to do.
-RANKS = $(if $(filter GPU,$(firstword $(shell nvidia-smi -L 2>/dev/null))),gpu,4)
-ONE_MACHINE = OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node
+GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+RANKS = $(or $(filter-out 0,$(GPUS)),4)
+PLACED = $(if $(filter 0,$(GPUS)),sharding.ranks_per_node=2,batch.samples=$(shell echo $$((4 * $(GPUS)))))
 pretrain: setup ## Train a small GPT on the sources of Python's standard library: three minutes on 2 cores.
-	@$(PATIENT) $(ONE_MACHINE) $(RANKS) -m mics_models.pretrain $(if $(filter 4,$(RANKS)),sharding.ranks_per_node=2) $(ARGS)
+	@$(PATIENT) OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(RANKS) --shutdown-timeout 300 \
+		--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m mics_models.pretrain $(PLACED) $(ARGS)
 
 dist: setup ## Build the wheels and source archives into dist/, and try the wheels in an empty environment.
 	@rm -rf dist

@@ -74,3 +74,15 @@ def test_what_is_put_in_a_parameters_place_inside_full_params_stays() -> None:
     with mics.full_params(model):
         assert (model[0].weight == 2).all()  # type: ignore[operator]
         assert (model[2].bias == 3).all()  # type: ignore[operator]
+
+
+def test_a_forecast_is_what_the_sharded_model_says() -> None:
+    with torch.device("meta"):
+        expected = mics.forecast(
+            nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)),
+            mics.Sharding.ddp(),
+            ranks=1,
+            ranks_per_node=1,
+        )
+    model, _ = pair()
+    assert mics.ledger(model).formula == expected

@@ -32,14 +32,24 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write(tmp_path, 10, 20, tensorboard=True)
+    write(tmp_path, 10, 20, 30, tensorboard=True)
+    write(tmp_path, 30, first=20, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("tokens_per_second")] == [(10, 10), (20, 10)]
-    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert [(event.step, event.value) for event in events.Scalars("tokens_per_second")] == [
+        (step, 10) for step in (10, 20, 30)
+    ]
+    assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = Journal(tmp_path, first=0, tensorboard=False)
+    log.write({"step": 1, "norm": float("nan")})
+    log.close()
+    assert (tmp_path / journal.LOG).read_text() == '{"step": 1, "norm": null}\n'
 
 
 def test_the_curves_are_a_picture(tmp_path: Path) -> None:
     write(tmp_path, 10, 20)
-    draw([*journal.read(tmp_path), {"step": 20, "held_out": 3.0}], "a run", tmp_path / "curves.png")
+    draw([row | {"held_out": 3.0} for row in journal.read(tmp_path)], "a run", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

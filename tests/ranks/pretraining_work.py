@@ -6,6 +6,7 @@ import torch.distributed as dist
 import mics_core as mics
 from mics_models.data import Corpus, decode, encode
 from mics_models.pretrain import Training
+from mics_models.training.news import Exchange, Stop
 from mics_models.training.settings import (
     BatchSettings,
     DataSettings,
@@ -14,6 +15,7 @@ from mics_models.training.settings import (
     Settings,
     ShardingSettings,
 )
+from mics_models.training.together import Refused, agree, together
 
 STEPS = 20
 SMALL: dict[str, ModelSettings] = {
@@ -59,3 +61,28 @@ def start(told: Settings) -> dict[str, torch.Tensor]:
     training = Training(told, corpus(), torch.device("cpu"))
     with mics.full_params(training.model):
         return {name: value.clone() for name, value in training.model.state_dict().items()}
+
+
+def tell_news() -> tuple[object, ...]:
+    """A bad loss on rank 1 in micro-step 2, and a wish to leave on rank 0."""
+    rank = dist.get_rank()
+    exchange = Exchange(torch.device("cpu"))
+    losses = torch.tensor([1.0, 2.0, float("nan") if rank == 1 else 3.0])
+    exchange.send(losses, torch.tensor(1.0), Stop.SIGNAL if rank == 0 else Stop.TIME)
+    news = exchange.read()
+    assert news is not None
+    return news.bad, news.stop
+
+
+def refuse(how: str) -> str:
+    """What each rank hears of a mistake that rank 1 alone makes."""
+
+    def work() -> None:
+        if dist.get_rank() == 1:
+            raise FileNotFoundError("no such folder")
+
+    try:
+        together(work) if how == "work" else agree({"seed": dist.get_rank()})
+    except Refused as error:
+        return str(error)
+    return "nothing"

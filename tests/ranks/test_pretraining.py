@@ -8,6 +8,7 @@ import torch
 
 import pretraining_work as work
 from mics_models.training.batches import Batches, build, configure
+from mics_models.training.news import Stop
 from mics_models.training.schedule import rate
 from pool import Pool
 
@@ -58,3 +59,15 @@ def test_packed_documents_have_the_losses_of_plain_pytorch(pool: Pool, name: str
     for found in pool.run(RANKS, work.losses, work.settings(name, (2, 2, 4), packed=True)):
         assert found == pytest.approx(plain(name, packed=True), rel=1e-4)
     assert plain(name, packed=True) != plain(name, packed=False)
+
+
+def test_all_ranks_hear_which_loss_was_bad_and_that_one_wants_to_leave(pool: Pool) -> None:
+    assert pool.run(2, work.tell_news) == [(((2, 1),), Stop.SIGNAL)] * 2
+
+
+def test_a_mistake_on_one_rank_is_refused_by_all(pool: Pool) -> None:
+    assert pool.run(3, work.refuse, "work") == ["on rank 1: no such folder"] * 3
+    assert (
+        pool.run(3, work.refuse, "agree")
+        == ["seed is 1 on rank 1 and 0 on rank 0, expected the same everywhere: tell all ranks alike"] * 3
+    )

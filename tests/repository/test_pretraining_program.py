@@ -59,16 +59,21 @@ def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, 
     folder, said = whole
     for name in ("model", "data", "ranks", "sharding", "memory", "traffic", "batch", "schedule"):
         assert re.search(rf"^{name} ", said, re.M), said
-    assert re.search(r"step 12/12  loss \d\.\d+  norm .* tokens/s  MFU .*compute \d+%, exposed \d+%, optimizer", said)
+    assert re.search(
+        r"step 12/12  loss \d\.\d+  held out \d\.\d+  norm .* tokens/s  MFU .*compute \d+%, exposed \d+%, optimizer",
+        said,
+    )
     assert "a sample:\n\ndef " in said
     assert re.search(r"^held-out loss \d\.\d+ nats a token \(a uniform guess: 5.545\) after 12 steps", said, re.M)
     assert (folder / "curves.png").exists()
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
     assert list(losses(folder)) == [2, 4, 6, 8, 10, 12]
+    assert "held_out" in journal.read(folder)[-1]
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
-    whole: tuple[Path, str], tmp_path: Path
+    whole: tuple[Path, str], tmp_path: Path, how: signal.Signals
 ) -> None:
     expected = losses(whole[0])
     folder = tmp_path / "run"
@@ -78,17 +83,19 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
     program += "p.Training.step = lambda self, n: (time.sleep(0.4), step(self, n))[1]\nraise SystemExit(p.main())"
     slow = tmp_path / "slow.py"
     slow.write_text(program)
-    started = [sys.executable, *TWO_RANKS, str(slow), *TINY, *settings]
+    launcher = (*TWO_RANKS, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
+    started = [sys.executable, *launcher, str(slow), *TINY, *settings]
     with subprocess.Popen(started, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         while not (folder / journal.LOG).exists() or len(losses(folder)) < 2:
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(how)
         said = process.communicate(timeout=120)[0]
+        assert process.returncode != 0
     stopped = re.search(r"stopped after (\d+) of 12 steps", said)
     assert stopped
     assert 4 <= int(stopped[1]) < 12
-    done = run(*settings, "checkpoint.resume=true", launcher=TWO_RANKS)
+    done = run(*settings, "checkpoint.resume=always", launcher=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming after step {stopped[1]}" in done.stdout
     found = losses(folder)
@@ -97,18 +104,39 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
 
 def test_an_output_that_has_a_run_is_refused(whole: tuple[Path, str]) -> None:
     done = run(f"output={whole[0]}")
-    assert done.returncode == 1
-    assert "has a run already, expected a new folder" in done.stderr
+    assert done.returncode == 2
+    assert re.fullmatch(r"pretrain: output .* has a run already, expected a new folder: .*\n", done.stderr)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_samples(tmp_path: Path) -> None:
-    done = run("optimizer.lr=1e38", "optimizer.clip=0", "schedule.warmup=0", f"output={tmp_path / 'run'}")
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_samples(tmp_path: Path) -> None:
+    settings = ("optimizer.lr=1e38", "optimizer.clip=0", "schedule.warmup=0", "checkpoint.every=1", "log.every=50")
+    done = run(*settings, f"output={tmp_path / 'run'}", launcher=TWO_RANKS)
     assert done.returncode == 1
-    assert re.search(
-        r"FloatingPointError: pretrain: the loss of step \d+ is not finite in micro-step \d on rank 0, on samples \d+ "
-        r"to \d+ of seed 0, expected a finite one",
-        done.stderr,
-    )
+    (said,) = re.findall(r"^pretrain: the loss of step (\d+) is not finite in micro-step (.*)$", done.stderr, re.M)
+    assert re.search(r"on rank [01], samples \d+ to \d+", said[1])
+    (newest,) = re.findall(r"\d+", (tmp_path / "run" / "checkpoints" / "latest").read_text())
+    assert int(newest) == int(said[0])  # so many steps were finite
+
+
+def test_ranks_that_are_told_different_things_refuse_to_begin(tmp_path: Path) -> None:
+    program = tmp_path / "different.py"
+    program.write_text("import os, mics_models.pretrain as p\nraise SystemExit(p.main(['seed=' + os.environ['RANK']]))")
+    started = [sys.executable, *TWO_RANKS, str(program)]
+    done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("pretrain: seed is 1 on rank 1 and 0 on rank 0, expected the same everywhere") == 1
+
+
+def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(tmp_path: Path) -> None:
+    settings = ("schedule.steps=1000000", "schedule.minutes=0.01", "checkpoint.resume=auto")
+    done = run(*settings, f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"stopped after \d+ of 1000000 steps, because the minutes are over", done.stdout)
+    assert "held-out loss" in done.stdout
+    assert (tmp_path / "run" / "curves.png").exists()
+    again = run("schedule.steps=1", "checkpoint.resume=auto", f"output={tmp_path / 'run'}")
+    assert again.returncode == 2
+    assert "expected more: raise schedule.steps to go on" in again.stderr
 
 
 def test_an_unknown_key_is_a_usage_error_that_suggests_the_nearest() -> None:

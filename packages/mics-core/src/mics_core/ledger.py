@@ -112,6 +112,13 @@ class Formula:
             "optimizer": 2 * trained // o * 4,
         }
 
+    def gathered(self) -> int:
+        """Bytes of whole units that one rank holds at most with the default budget: the root, one in use, one ahead."""
+        if self.sharding.params == 1:
+            return 0
+        units = [(unit.trained + unit.frozen) * self.precision.compute.itemsize for unit in (self.root, *self.units)]
+        return units[0] + max(units[1:], default=0) + max(units)
+
     def working(self) -> dict[str, int]:
         """Bytes that one rank keeps for gradients on their way, once there were several micro-steps.
 

@@ -1,6 +1,6 @@
 """Text from a GPT that a run has trained: `python -m mics_models.generate runs/NAME --prompt "def "`.
 
-The function for programs is `mics_models.generate`; this file is the command alone.
+The function for programs is `mics_models.sample`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 
 from mics_models.data import load, standard_library
 from mics_models.gpt import GPT, GPTConfig
-from mics_models.sampling import generate
+from mics_models.sampling import sample
 from mics_models.training import settings
 from mics_models.training.batches import configure
 
@@ -31,7 +31,9 @@ def latest(run: Path) -> Path:
 
 def load_model(config: GPTConfig, checkpoint: Path) -> GPT:
     """The model with a checkpoint's weights, whole, in this process."""
-    model = GPT(config)
+    with torch.device("meta"):  # nothing is drawn that the checkpoint overwrites
+        model = GPT(config)
+    model.to_empty(device="cpu")
     with warnings.catch_warnings():  # it warns that it does what `no_dist` asks for
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load_checkpoint({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)  # in place
@@ -54,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configure(told.model)
         if not isinstance(config, GPTConfig):
             raise ValueError(f"generate: {told.model.name} restores masked tokens, expected a GPT: name a run of one")
-    except (ValueError, FileNotFoundError) as error:
+        if not (checkpoint / ".metadata").is_file():
+            raise ValueError(f"generate: {checkpoint} is no checkpoint, expected one of the run's: name it")
+        corpus = load(Path(told.data.folder)) if told.data.folder else standard_library()
+        model = load_model(config, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+        prompt = corpus.encode(chosen.prompt)
+        tokens = sample(model, prompt, chosen.tokens, temperature=chosen.temperature, seed=chosen.seed)
+    except (ValueError, OSError) as error:
         parser.error(str(error).removeprefix("generate: "))
-    corpus = load(Path(told.data.folder)) if told.data.folder else standard_library()
-    model = load_model(config, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = corpus.encode(chosen.prompt)
-    tokens = generate(model, prompt, chosen.tokens, temperature=chosen.temperature, seed=chosen.seed)
     print(corpus.decode(tokens.cpu()))
     return 0
 

@@ -11,7 +11,7 @@ from mics_models.bert import BERT, BERTConfig
 from mics_models.configs import BERTS, GPTS
 from mics_models.data import Corpus, Sampler, documents, mask
 from mics_models.gpt import GPT, GPTConfig
-from mics_models.training.settings import ModelSettings, Settings, nearest
+from mics_models.training.settings import ModelSettings, Settings, nearest, typed
 
 Config = GPTConfig | BERTConfig
 HELD_OUT_SEED = 0
@@ -25,10 +25,12 @@ def configure(told: ModelSettings) -> Config:
         raise ValueError(f"settings: model.name is {told.name!r}, an unknown model, {nearest(told.name, list(known))}")
     config = known[told.name]
     fields = list(vars(config))
-    for key in told.config:
+    changes = {}
+    for key, value in told.config.items():
         if key not in fields:
             raise ValueError(f"settings: model.config.{key} is unknown, {nearest(key, fields)}")
-    return replace(config, **told.config)
+        changes[key] = typed(f"model.config.{key}", value, getattr(config, key))
+    return replace(config, **changes)
 
 
 def build(config: Config) -> GPT | BERT:

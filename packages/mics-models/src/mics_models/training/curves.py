@@ -19,7 +19,6 @@ def draw(rows: Sequence[dict[str, float]], title: str, path: Path) -> None:
             losses.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
     losses.set(xlabel="step", ylabel="nats per token")
     losses.legend()
-    timed = [row for row in rows if "tokens_per_second" in row]
-    speeds.plot([row["step"] for row in timed], [row["tokens_per_second"] for row in timed])
+    speeds.plot([row["step"] for row in rows], [row["tokens_per_second"] for row in rows])
     speeds.set(xlabel="step", ylabel="tokens per second", ylim=(0, None))
     figure.savefig(path, dpi=120)

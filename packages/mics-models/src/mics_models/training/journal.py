@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mics_models.data.replacing import replacing
 
 LOG = "log.jsonl"
 
@@ -14,19 +17,19 @@ class Journal:
     """The log of a run in its folder; a resumed run goes on where its checkpoint was, and drops what came after."""
 
     def __init__(self, folder: Path, *, first: int, tensorboard: bool) -> None:
-        self.path = folder / LOG
         kept = [row for row in read(folder) if row["step"] <= first]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a")
+        with replacing(folder / LOG) as file:
+            file.write("".join(_line(row) for row in kept).encode())
+        self._file = (folder / LOG).open("a")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
         """A report; `row["step"]` is the number of steps done."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
@@ -38,6 +41,12 @@ class Journal:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _line(row: Mapping[str, float | None]) -> str:
+    """JSON has no word for what is not finite, such as the norm of a step that float16 skips."""
+    numbers = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(numbers, allow_nan=False) + "\n"
 
 
 def read(folder: Path) -> list[dict[str, float]]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
+
+
+class Stop(IntEnum):
+    """Why a rank wants the run to end after this step."""
+
+    NO = 0
+    TIME = 1  # the minutes are over
+    SIGNAL = 2
 
 
 @dataclass(frozen=True)
@@ -15,7 +24,8 @@ class News:
 
     loss: float  # the mean over ranks and micro-steps
     bad: tuple[tuple[int, int], ...]  # the micro-step and rank of each loss that is not finite
-    stop: bool  # whether any rank wants to leave
+    norm: float  # of the gradient
+    stop: Stop  # the strongest reason of any rank
 
 
 class Exchange:
@@ -27,9 +37,10 @@ class Exchange:
         self._rows: torch.Tensor | None = None
         self._work: dist.Work | None = None
 
-    def send(self, losses: torch.Tensor, *, stop: bool) -> None:
-        """Tell this rank's losses, one for each micro-step, and whether it wants to leave."""
-        mine = torch.cat([losses.float(), torch.full_like(losses[:1], float(stop), dtype=torch.float32)])
+    def send(self, losses: torch.Tensor, norm: torch.Tensor, stop: Stop) -> None:
+        """Tell this rank's losses, one for each micro-step, the gradient's norm, and whether to leave."""
+        reason = torch.full((1,), float(stop), device=losses.device)
+        mine = torch.cat([losses.float(), norm.view(1).float(), reason])
         self._rows, self._work = mine.view(1, -1), None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rows = mine.new_empty(dist.get_world_size(), len(mine))
@@ -53,7 +64,7 @@ class Exchange:
             self._side.synchronize()
         rows: list[list[float]] = self._rows.tolist()
         self._rows = None
-        losses = [row[:-1] for row in rows]
+        losses = [row[:-2] for row in rows]
         bad = tuple(
             (micro_step, rank)
             for rank, row in enumerate(losses)
@@ -61,4 +72,4 @@ class Exchange:
             if not math.isfinite(loss)
         )
         mean = sum(sum(row) / len(row) for row in losses) / len(losses)
-        return News(mean, bad, any(row[-1] for row in rows))
+        return News(mean, bad, rows[0][-2], Stop(int(max(row[-1] for row in rows))))

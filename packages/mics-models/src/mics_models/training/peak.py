@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-PUBLISHED = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-"""Dense bfloat16 TFLOP/s by a part of the GPU's name, from NVIDIA's data sheets; the SXM parts."""
+PUBLISHED = {
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA H200 NVL": 835.0,
+    "NVIDIA B200": 2250.0,
+}
+"""Dense bfloat16 TFLOP/s by the begin of the GPU's name, from NVIDIA's data sheets; the longest that fits counts."""
 
 SIZE = 512  # of the matrices that are multiplied where nothing is published
 
@@ -27,9 +35,10 @@ def peak(device: torch.device, dtype: torch.dtype, told_tflops: float) -> Peak:
         return Peak(told_tflops * 1e12, "log.peak_tflops")
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
-        for part, tflops in PUBLISHED.items():
-            if part in name:
-                return Peak(tflops * 1e12, f"published for {part}")
+        fitting = [known for known in PUBLISHED if name.startswith(known)]
+        if fitting:
+            best = max(fitting, key=len)
+            return Peak(PUBLISHED[best] * 1e12, f"published for {best}")
     return Peak(_measure(device, dtype), "a measured matrix product")
 
 

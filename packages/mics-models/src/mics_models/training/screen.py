@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -16,13 +18,13 @@ class Screen:
     """Rank 0's terminal; other ranks are silent. Without a terminal there are lines alone, and no bar."""
 
     def __init__(self, *, speaks: bool) -> None:
-        self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
         self._task: Any = None
 
     def say(self, text: str) -> None:
-        """A line."""
-        self._console.print(text, markup=False)
+        """Text; what would move a terminal's cursor is shown as an unknown character."""
+        self._console.print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), markup=False)
 
     def plan(self, title: str, rows: Mapping[str, str]) -> None:
         """The plan: a name and a text in each row."""
@@ -34,29 +36,34 @@ class Screen:
     def begin(self, first: int, steps: int) -> None:
         """Training begins, after `first` steps that were done before."""
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("loss {task.fields[loss]:.3f}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[speed]}"),
+            )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("training", total=steps, completed=first)
+            self._task = self._bar.add_task("", total=steps, completed=first, loss=math.nan, speed="")
             self._bar.start()
 
     def stepped(self, done: int, loss: float) -> None:
         """So many steps are done."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=f"loss {loss:.3f}")
+            self._bar.update(self._task, completed=done, loss=loss)
 
     def report(self, row: Mapping[str, float], steps: int) -> None:
         """What the journal was told, as a line."""
         words = [f"step {row['step']:>{len(str(steps))}.0f}/{steps}", f"loss {row['loss']:.4f}"]
         if "held_out" in row:
             words.append(f"held out {row['held_out']:.4f}")
-        words.append(f"norm {row['norm']:.2f}")
-        if "tokens_per_second" in row:
-            words += [f"{row['tokens_per_second']:,.0f} tokens/s", f"MFU {row['mfu']:.1%}"]
-            shares = ", ".join(f"{name} {row[name] / row['step_seconds']:.0%}" for name in PARTS)
-            words.append(f"{row['step_seconds'] * 1e3:.0f} ms a step ({shares})")
-            left = round((steps - row["step"]) * row["step_seconds"])
-            words.append(f"ETA {left // 60}:{left % 60:02d}")
-        self.say("  ".join(words))
+        shares = ", ".join(f"{name} {row[name] / row['step_seconds']:.0%}" for name in PARTS)
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.1%}  "
+        speed += f"{row['step_seconds'] * 1e3:.0f} ms a step ({shares})"
+        left = timedelta(seconds=round((steps - row["step"]) * row["step_seconds"]))
+        self.say("  ".join([*words, f"norm {row['norm']:.2f}", speed, f"ETA {left}"]))
+        if self._bar is not None:
+            self._bar.update(self._task, speed=speed)
 
     def end(self) -> None:
         """Training is over."""

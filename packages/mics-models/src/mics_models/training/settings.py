@@ -5,6 +5,7 @@ Every key has a default here, which is what `make pretrain` runs: some minutes o
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -95,7 +96,7 @@ class CheckpointSettings:
     every: int = 200  # steps; 0: at the end only
     keep: int = 2
     background: bool = True  # write while training goes on
-    resume: bool = False  # go on where the run in `output` stopped
+    resume: str = "never"  # always: go on where the run in `output` stopped; auto: if it has a checkpoint, else begin
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,21 @@ class Settings:
         for key in ("schedule.warmup", "schedule.decay", "schedule.last", "data.masked"):
             if not 0 <= _at(self, key) <= 1:
                 raise ValueError(f"settings: {key} is {_at(self, key)}, expected a share from 0 to 1: change it")
-        for key, allowed in (("schedule.kind", ("cosine", "wsd")), ("sharding.precision", ("fp32", "bf16", "fp16"))):
+        words = {
+            "schedule.kind": ("cosine", "wsd"),
+            "sharding.precision": ("fp32", "bf16", "fp16"),
+            "checkpoint.resume": ("never", "always", "auto"),
+        }
+        for key, allowed in words.items():
             if _at(self, key) not in allowed:
                 raise ValueError(f"settings: {key} is {_at(self, key)!r}, expected one of {allowed}: choose one")
-        if self.checkpoint.resume and not self.output:
-            raise ValueError("settings: checkpoint.resume is true, expected the output of the run to resume: name it")
+        if self.checkpoint.resume != "never" and not self.output:
+            raise ValueError(
+                f"settings: checkpoint.resume is {self.checkpoint.resume!r} and output is empty, expected the folder "
+                "of the run to go on with: name it"
+            )
+        if not self.data.masked or not self.evaluation.prompt:
+            raise ValueError("settings: data.masked is 0 or evaluation.prompt empty, expected something: give a value")
 
 
 def read(file: Path | None, changes: Sequence[str]) -> Settings:
@@ -155,7 +166,7 @@ def read(file: Path | None, changes: Sequence[str]) -> Settings:
             raise ValueError(
                 f"settings: got {change!r}, expected table.key=value, such as batch.seq=256: add the value"
             )
-        _put(table, key.strip().split("."), _value(value.strip()), change)
+        _put(table, key.strip().split("."), _Text(value.strip()), change)
     return _build(Settings, table, "")
 
 
@@ -207,14 +218,24 @@ def _build(kind: type[Section], table: Mapping[str, Any], before: str) -> Sectio
         expected = getattr(default, name)
         if is_dataclass(expected):
             if not isinstance(value, Mapping):
-                raise ValueError(f"settings: {key} is {value!r}, expected a table of keys: write {key}.KEY = VALUE")
+                raise ValueError(
+                    f"settings: {key} is {_meant(value)!r}, expected a table of keys: write {key}.KEY = VALUE"
+                )
             values[name] = _build(type(expected), value, f"{key}.")
         else:
-            values[name] = _typed(key, value, expected)
+            values[name] = typed(key, value, expected)
     return kind(**values)
 
 
-def _typed(key: str, value: Any, default: Any) -> Any:
+class _Text(str):
+    """A value from the command line, as it was written there."""
+
+
+def typed(key: str, value: Any, default: Any) -> Any:
+    """The value, if it is of the default's type."""
+    if isinstance(value, _Text) and isinstance(default, str) and not value.startswith(('"', "'")):
+        return str(value)  # shells need no second quotes
+    value = _meant(value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
@@ -224,12 +245,16 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _value(text: str) -> Any:
-    """A value as TOML writes it; what is none is a string, so that shells need no second quotes."""
+def _meant(value: Any) -> Any:
+    """The value as it is; what is text from the command line as TOML reads it, or the text itself."""
+    if isinstance(value, Mapping):
+        return {name: _meant(inner) for name, inner in value.items()}
+    if not isinstance(value, _Text):
+        return value
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return str(value)
 
 
 def _put(table: dict[str, Any], path: Sequence[str], value: Any, change: str) -> None:
@@ -246,6 +271,5 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

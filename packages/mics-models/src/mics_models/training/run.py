@@ -1,0 +1,241 @@
+"""A training in its folder: when it reports, evaluates, saves and leaves.
+
+It knows no runtime: whatever has the methods of `Trains` can be run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mics_models.bert import BERT
+from mics_models.data import Corpus
+from mics_models.gpt import GPT
+from mics_models.sampling import sample
+from mics_models.training import journal
+from mics_models.training.batches import Batches, Config
+from mics_models.training.interrupts import Interrupts
+from mics_models.training.news import Exchange, News, Stop
+from mics_models.training.peak import peak
+from mics_models.training.schedule import rate
+from mics_models.training.screen import Screen
+from mics_models.training.settings import Settings, flatten
+from mics_models.training.stopwatch import Stopwatch
+from mics_models.training.together import Refused, everyone, together
+
+
+class Saves(Protocol):
+    """A save that may be under way."""
+
+    def wait(self) -> None:
+        """Return when it is complete; raise if it will not be."""
+
+
+class Trains(Protocol):
+    """A model with its optimizer and its batches, on all ranks."""
+
+    told: Settings
+    config: Config
+    device: torch.device
+    compute: torch.dtype
+    rank: int
+    world: int
+    model: GPT | BERT
+    batches: Batches
+    stopwatch: Stopwatch
+
+    def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
+
+    def held_out_loss(self) -> float:
+        """The mean loss on held-out data, always the same, in nats per token."""
+
+    def exposed(self) -> float:
+        """Seconds that the computation stood still for transfers since `measure_again`."""
+
+    def measure_again(self) -> None:
+        """Count them from zero."""
+
+    def save(self, path: Path, extra: dict[str, Any], *, background: bool) -> Saves:
+        """Write a checkpoint."""
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from the latest one; what was saved as extra."""
+
+
+class Run:
+    """A training in its folder: it reports, evaluates, saves, and leaves when it is asked to."""
+
+    def __init__(self, training: Trains, corpus: Corpus, folder: Path, screen: Screen) -> None:
+        self.training = training
+        self.told = training.told
+        self.corpus = corpus
+        self.folder = folder
+        self.screen = screen
+        self.checkpoints = folder / "checkpoints"
+        self.done = self._resume()
+        self.journal: journal.Journal | None = together(self._open_journal)
+        self.peak = everyone(
+            peak(training.device, training.compute, self.told.log.peak_tflops) if training.rank == 0 else None
+        )[0]
+        self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
+        self.held_out = math.nan
+        self._saving: Any = None
+        self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
+        self._since = time.perf_counter()
+
+    def train(self) -> Stop:
+        """Take the steps; why it ended before the last of them, if it did."""
+        training, told, steps = self.training, self.told, self.told.schedule.steps
+        end = time.monotonic() + 60 * told.schedule.minutes if told.schedule.minutes else math.inf
+        exchange, saved = Exchange(training.device), self.done
+        self.screen.begin(self.done, steps)
+        self._measure_again()
+        try:
+            with Interrupts() as interrupts:
+                while self.done < steps and self.news.stop is Stop.NO:
+                    losses, norm = training.step(self.done)
+                    self._hear(exchange.read(), self.done - 1)
+                    over = Stop.TIME if time.monotonic() > end else Stop.NO
+                    exchange.send(losses, norm, Stop.SIGNAL if interrupts.received else over)
+                    self.done += 1
+                    if self._due(told.log.every) or self._due(told.evaluation.every) or self.done == steps:
+                        self._hear(exchange.read(), self.done - 1)
+                        self._report()
+                    if self._due(told.checkpoint.every) and self.done < steps:
+                        self._hear(exchange.read(), self.done - 1)  # what is not finite must not be saved
+                        self._save(background=told.checkpoint.background)
+                        saved = self.done
+                self._hear(exchange.read(), self.done - 1)
+                if self.done > saved:
+                    self._save(background=False)
+        finally:
+            self.screen.end()
+        if self.done == steps:
+            return Stop.NO
+        why = "the minutes are over" if self.news.stop is Stop.TIME else "a signal asked for it"
+        self.screen.say(f"stopped after {self.done} of {steps} steps, because {why}; saved in {self.checkpoints}")
+        return self.news.stop
+
+    def finish(self) -> float:
+        """The held-out loss at the end, a sample, and the curves."""
+        if math.isnan(self.held_out):
+            self._report()  # the minutes ended it between two reports
+        if isinstance(self.training.model, GPT) and self.told.evaluation.sampled:
+            prompt = self.corpus.encode(self.told.evaluation.prompt)
+            tokens = sample(self.training.model, prompt, self.told.evaluation.sampled, seed=self.told.seed)
+            self.screen.say(f"a sample:\n{self.corpus.decode(tokens.cpu())}\n")
+        together(self._draw)
+        self.screen.say(
+            f"held-out loss {self.held_out:.4f} nats a token (a uniform guess: {math.log(self.corpus.vocab):.3f}) "
+            f"after {self.done} steps; log, curves.png and checkpoints are in {self.folder}"
+        )
+        return self.held_out
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
+
+    def _hear(self, news: News | None, step: int) -> None:
+        """What all ranks said of a step. What is not finite ends the run: all that follows would be worthless."""
+        if news is None:
+            return
+        self.news = news
+        self.screen.stepped(step + 1, news.loss)
+        if news.bad:
+            batches = self.training.batches
+            places = [
+                f"in micro-step {micro_step} on rank {rank}, samples {of.start} to {of.stop - 1}"
+                for micro_step, rank in news.bad[:8]
+                for of in [batches.samples(step, micro_step, rank)]
+            ]
+            what = f"the loss of step {step} is not finite {'; '.join(places)} of seed {self.told.seed}"
+        elif not math.isfinite(news.norm) and self.told.sharding.precision != "fp16":  # which skips such a step
+            what = f"the gradient of step {step} is not finite, on samples of seed {self.told.seed}"
+        else:
+            return
+        raise FloatingPointError(
+            f"{what}, expected a finite one: look at these samples, or lower optimizer.lr and go on from the last "
+            f"checkpoint in {self.checkpoints}"
+        )
+
+    def _measure_again(self) -> None:
+        self.training.measure_again()
+        self._since = time.perf_counter()
+
+    def _pause(self) -> None:
+        """What follows, until `_measure_again`, is no part of a step."""
+        self._lap_seconds += time.perf_counter() - self._since
+        self._lap_exposed += self.training.exposed()
+
+    def _report(self) -> None:
+        """Write and show what the steps since the last report came to."""
+        told, training = self.told, self.training
+        self._pause()
+        steps, seconds, exposed = self.done - self._lap_steps, self._lap_seconds, self._lap_exposed
+        self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
+        optimizer = training.stopwatch.lap()
+        speed = steps * told.batch.samples * told.batch.seq / seconds
+        row = {
+            "step": self.done,
+            "loss": self.news.loss,
+            "norm": self.news.norm,
+            "lr": told.optimizer.lr * rate(self.done - 1, told.schedule),
+            "tokens_per_second": speed,
+            "mfu": speed * training.config.flops_per_token(told.batch.seq) / (training.world * self.peak.flops),
+            "step_seconds": seconds / max(1, steps),
+            "compute": (seconds - exposed - optimizer) / max(1, steps),
+            "exposed": exposed / max(1, steps),
+            "optimizer": optimizer / max(1, steps),
+        }
+        if self._due(told.evaluation.every) or self.done == told.schedule.steps or self.news.stop is Stop.TIME:
+            row["held_out"] = self.held_out = training.held_out_loss()
+        if self.journal is not None:
+            self.journal.write(row)
+        self.screen.report(row, told.schedule.steps)
+        self._measure_again()
+
+    def _save(self, *, background: bool) -> None:
+        self._pause()
+        if self._saving is not None:
+            try:
+                self._saving.wait()
+            except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks; and now is another try
+                self.screen.say(f"the checkpoint before this one was not saved: {error}")
+        extra = {"step": self.done, "settings": dict(flatten(self.told))}
+        self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
+        self._measure_again()
+
+    def _resume(self) -> int:
+        """Go on from the last checkpoint, if that was asked for; how many steps it had taken."""
+        resume = self.told.checkpoint.resume
+        there = everyone((self.checkpoints / "latest").is_file())[0]
+        if resume == "never" or (resume == "auto" and not there):
+            return 0
+        extra = self.training.load(self.checkpoints)
+        now, then = dict(flatten(self.told)), extra["settings"]
+        for key in now:
+            if key in then and now[key] != then[key] and key != "checkpoint.resume":
+                self.screen.say(f"resuming with {key} = {now[key]!r}; the checkpoint was made with {then[key]!r}")
+        if extra["step"] >= self.told.schedule.steps:
+            raise Refused(
+                f"the checkpoint has taken {extra['step']} steps and schedule.steps is {self.told.schedule.steps}, "
+                "expected more: raise schedule.steps to go on"
+            )
+        self.screen.say(f"resuming after step {extra['step']}")
+        return int(extra["step"])
+
+    def _open_journal(self) -> journal.Journal | None:
+        if self.training.rank:
+            return None
+        return journal.Journal(self.folder, first=self.done, tensorboard=self.told.log.tensorboard)
+
+    def _draw(self) -> None:
+        if self.journal is not None:
+            from mics_models.training.curves import draw  # matplotlib takes a second to import
+
+            self.journal.close()
+            draw(journal.read(self.folder), self.told.model.name, self.folder / "curves.png")
