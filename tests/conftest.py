@@ -1,13 +1,23 @@
 """What every test needs: a header that says which versions ran, and the meaning of the `gpu` mark."""
 
+from __future__ import annotations
+
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from pool import Pool
+
 ROOT = Path(__file__).parents[1]
+
+sys.path.insert(0, str(ROOT / "tests" / "ranks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         item.add_marker(pytest.mark.xdist_group("waiting" if folder in WAITING else "computing"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes that are ranks: tests that need several share them, and the first one starts them."""
+    from pool import Pool
+
+    with Pool() as pool:
+        yield pool
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

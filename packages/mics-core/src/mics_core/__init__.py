@@ -1,7 +1,9 @@
 """Training of models that are cut over many ranks, with few bytes on slow links: `shard` one, and train as usual."""
 
+from mics_core.checkpoint import load, save
 from mics_core.comm import init
 from mics_core.errors import ConfigError, LifecycleError
+from mics_core.forecast import forecast
 from mics_core.optimizer import AdamW
 from mics_core.runtime import shard
 from mics_core.sharding import LossScale, Precision, Sharding
@@ -22,8 +24,11 @@ __all__ = [
     "accumulate",
     "check_replicas",
     "clip_grad_norm_",
+    "forecast",
     "full_params",
     "init",
     "ledger",
+    "load",
+    "save",
     "shard",
 ]

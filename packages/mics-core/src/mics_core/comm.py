@@ -8,6 +8,7 @@ and its all-gather uses two thirds of a link between nodes.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Sequence
@@ -105,6 +106,14 @@ class World:
             pass_on = flat.cpu().view(-1).view(torch.uint8)  # any dtype travels as bytes
             dist.broadcast(pass_on, group_src=0, group=self._control)
             flat.copy_(pass_on.view(flat.dtype).view(flat.shape))
+
+    def beside(self, name: str) -> World:
+        """The same ranks, for another thread to talk to: what two threads say in one group gets mixed."""
+        twin = copy.copy(self)
+        if self.size > 1:
+            _count_groups_alike(self._control)
+            twin._control = self._subgroup(self.ranks, name, "gloo")
+        return twin
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
         """The lane of this name."""

@@ -133,6 +133,8 @@ class AdamW(torch.optim.Optimizer):
                     state.skipped = shards.master.new_zeros(len(state.steps))
                 step = step - state.skipped[run.members[0]]
                 state.skipped[run.members[0] : run.members[-1] + 1] += skip.sign()
+            if span.start == span.stop:
+                continue  # nothing of them is here; their steps are counted all the same, so that ranks agree
             adamw(
                 shards.master[span],
                 state.exp_avg[span],
@@ -182,6 +184,8 @@ class AdamW(torch.optim.Optimizer):
             state.groups = [groups.get(id(parameter)) for parameter in reduced.shards.parameters]
             state.runs = {}
             state.skipped, state.steps = None, [0] * len(state.steps)
+            state.exp_avg.zero_()
+            state.exp_avg_sq.zero_()
             for index, (begin, end) in enumerate(reduced.shards.parts):
                 loaded = self.state.get(reduced.shards.parameters[index])
                 if loaded:
@@ -219,9 +223,8 @@ def _cut(reduced: Reduced, state: _State) -> Iterator[_Run]:
             begin, end = parts[members[0]][0], parts[members[-1]][1]
             groups = [group for index in members if (group := state.groups[index]) is not None]
             segments = None
-            if any(group is not groups[0] for group in groups):
+            if end > begin and any(group is not groups[0] for group in groups):
                 sizes = [parts[index][1] - parts[index][0] for index in members]
                 offsets = [parts[index][0] - begin for index in members]
                 segments = Segments.build(offsets, sizes, reduced.shards.master.device)
-            if end > begin:
-                yield _Run(members, groups, slice(begin, end), segments)
+            yield _Run(members, groups, slice(begin, end), segments)

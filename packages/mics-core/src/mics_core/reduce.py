@@ -194,6 +194,12 @@ class Reducer:
         first, self._stepped = not self._stepped, True
         return first
 
+    def unstepped(self) -> list[str]:
+        """The units with gradients that no step has used."""
+        if self._stepped:
+            return []
+        return [reduced.unit for reduced in self.all if reduced.gradient is not Gradient.NONE and not reduced.dropped()]
+
     def _climb_to_the_top(self, shards: Shards) -> None:
         ladder, size, world = self._ladder, shards.layout.size, self._ladder.rungs.degrees[-1]
         low, optimizer = self._degrees.grads, self._degrees.optimizer

@@ -224,6 +224,16 @@ class Runtime:
         """The optimizer has changed this unit's `refreshed`."""
         self.conductor.gatherer.refresh(self._station_of[id(reduced)].gathered)
 
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """All masters were overwritten: bring the weights to where gathers start, and forget the gradients."""
+        for reduced in self.reducer.all:
+            reduced.forget()
+        for station in self.conductor.stations:
+            for part in station.gathered.shards:
+                part.refresh()
+            self.conductor.gatherer.refresh(station.gathered)
+
     def stepped(self, present: list[Reduced]) -> None:
         """An optimizer has used the gradients."""
         if self.reducer.stepped() and self.conductor.scaling is not None:

@@ -51,6 +51,15 @@ class Scaling:
         self.entered = True
         return grad * self.scale
 
+    def state(self) -> dict[str, float]:
+        """The numbers that a later run needs; the host waits for them."""
+        return {"scale": self.scale.item(), "good": self._good.item()}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue with the numbers of another run."""
+        self.scale.fill_(state["scale"])
+        self._good.fill_(state["good"])
+
     @torch.no_grad()
     def update(self, overflow: torch.Tensor) -> None:
         """After a step: halve the scale if a gradient was not finite, double it after enough good steps."""

@@ -124,7 +124,7 @@ class Shards:
             lies = parameter.data_ptr() == start + begin * self.master.itemsize
             if end > begin and not (lies and parameter.dtype == self.master.dtype):
                 raise LifecycleError(
-                    f"step: the memory of {slot.name} was replaced after mics.shard, as .half() or an assignment to "
+                    f"the memory of {slot.name} was replaced after mics.shard, as .half() or an assignment to "
                     "p.data do, so its updates would be lost: convert the model before mics.shard, and change values "
                     "with p.copy_()"
                 )

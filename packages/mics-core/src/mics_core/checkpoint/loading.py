@@ -1,0 +1,126 @@
+"""`load`: everything is checked before any memory is touched, then each rank reads what it holds."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mics_core import registry
+from mics_core.checkpoint import model_state, optimizer_state
+from mics_core.checkpoint.agreed import exchange, together
+from mics_core.checkpoint.contents import Cut, own_name
+from mics_core.checkpoint.optimizer_state import Wanted
+from mics_core.checkpoint.reading import Stored
+from mics_core.checkpoint.saving import EXTRA, wait_for_saves
+from mics_core.errors import ConfigError
+from mics_core.runtime import Runtime
+
+
+def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, verify: bool = True) -> dict[str, Any]:
+    """Continue from a checkpoint of `save`, whatever sharding, number of ranks and precision wrote it; call it on every
+    rank. Returns what was passed to `save` as extra.
+
+    `path` is a checkpoint's directory, or a folder whose `latest` names one. Weights, buffers, the optimizer's state
+    and settings (the learning rate, too) and the loss scale become those of the checkpoint; gradients are dropped. With
+    as many ranks as wrote it, torch's random numbers continue on each rank, and with the same sharding the next losses
+    are those of a run that never stopped, bit for bit. With another number of ranks random numbers are left alone.
+    Without an optimizer (None) only the model is loaded.
+
+    Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
+    leaves out the checksums, so that every byte is read once. Load only what you trust: it holds pickles.
+    """
+    runtime = registry.runtime_of(model, "load")
+    runtime.rest("load")
+    wait_for_saves()
+    runtime.wait()
+    world = runtime.world
+    stored = together(world, "load", lambda: Stored(Path(path)))
+    versions = exchange(world, "load", lambda: zlib.crc32(stored.manifest.render()))
+    odd = [rank for rank, version in enumerate(versions) if version != versions[0]]
+    if odd:
+        raise ConfigError(f"load: ranks {odd} find another checkpoint than rank 0: give one path, on a shared disk")
+    if verify:
+        together(world, "load", lambda: stored.verify(world.rank, world.size))
+    job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored))
+    # Weights come last: until here an error leaves everything as it was.
+    together(world, "load", job.read_model)
+    together(world, "load", job.finish)
+    return job.extra
+
+
+class _Job:
+    """A load that can no longer fail for what the checkpoint holds."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, stored: Stored) -> None:
+        self._runtime = runtime
+        self._optimizer = optimizer
+        self._stored = stored
+        self._weights = model_state.weights(runtime)
+        self._buffers = model_state.buffers(model)
+        _check_model(self._weights, self._buffers, model_state.aliases(model), stored)
+        about = stored.manifest.about
+        self.extra: dict[str, Any] = stored.read_object(EXTRA)
+        self._scale: dict[str, float] | None = about["loss_scale"]
+        self._random = stored.read_object(own_name(runtime.world.rank)) if about["ranks"] == runtime.world.size else {}
+        self._state: dict[str, Any] | None = None
+        if optimizer is not None:
+            self._state = self._read_optimizer(optimizer)
+
+    def _read_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
+        about, stored, runtime = self._stored.manifest.about, self._stored, self._runtime
+        groups = stored.read_object(optimizer_state.GROUPS)
+        optimizer_state.check(runtime, optimizer, about["optimizer"], groups)
+        dtypes = {name: entry.properties.dtype for name, entry in stored.tensors.items()}
+        called = optimizer_state.names(runtime, optimizer)
+        settings = optimizer_state.settings(runtime, optimizer, groups)
+        wanted: Wanted = optimizer_state.wanted(self._weights, called, dtypes, set(about["single_numbers"]))
+        stored.read(wanted.cuts, wanted.wholes)
+        return {"state": wanted.state, "param_groups": settings}
+
+    def read_model(self) -> None:
+        """Overwrite the masters and the buffers."""
+        buffers = {f"model.{name}": buffer for name, buffer in self._buffers.items()}
+        self._stored.read(self._weights.values(), buffers)
+
+    def finish(self) -> None:
+        """Bring the weights to where they are used, and overwrite all other state."""
+        self._runtime.loaded()
+        if self._optimizer is not None:
+            assert self._state is not None
+            self._optimizer.load_state_dict(self._state)
+        if self._runtime.conductor.scaling is not None and self._scale is not None:
+            self._runtime.conductor.scaling.restore(self._scale)
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"])
+        if "cuda" in self._random and self._runtime.world.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random["cuda"], self._runtime.world.device)
+
+
+def _check_model(
+    weights: Mapping[str, Cut], buffers: Mapping[str, torch.Tensor], aliases: Mapping[str, Any], stored: Stored
+) -> None:
+    """Raise unless the checkpoint's model has the same names and shapes."""
+    mine = {f"model.{name}": cut.shape for name, cut in weights.items()}
+    mine |= {f"model.{name}": tuple(buffer.shape) for name, buffer in buffers.items()}
+    theirs = {name: tuple(entry.size) for name, entry in stored.tensors.items() if name.startswith("model.")}
+    for full, shape in mine.items():
+        name = full.removeprefix("model.")
+        if full not in theirs:
+            raise ConfigError(f"load: {name} is missing in {stored.path}: it is a checkpoint of another model")
+        if theirs[full] != shape:
+            raise ConfigError(
+                f"load: {name} has the shape {theirs[full]} in {stored.path}, expected {shape}: it is a checkpoint of "
+                "another model"
+            )
+    for full in theirs:
+        if full not in mine and full not in aliases:
+            raise ConfigError(
+                f"load: {full.removeprefix('model.')} is in {stored.path} and not in this model: it is a checkpoint of "
+                "another model"
+            )

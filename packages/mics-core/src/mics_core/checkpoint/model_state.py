@@ -1,0 +1,55 @@
+"""A model's weights and buffers as a checkpoint holds them, under the names of its plain state dict."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from mics_core.checkpoint.contents import Cut, Name
+from mics_core.errors import ConfigError
+from mics_core.runtime import Runtime
+
+
+def weights(runtime: Runtime) -> dict[str, Cut]:
+    """Every parameter, by its name: the masters of trained ones, and frozen ones, which have no other."""
+    cuts = {}
+    for station in runtime.conductor.stations:
+        for shards in station.gathered.shards:
+            shards.check_in_place()
+            degree = runtime.sharding.optimizer if shards.trained else runtime.sharding.params
+            at = runtime.ladder.range(shards.layout.size, degree)[0]
+            for slot, (begin, end) in zip(shards.layout.slots, shards.parts, strict=True):
+                cuts[slot.name] = Cut(
+                    Name(("model", slot.name)),
+                    slot.shape,
+                    slot.begin,
+                    shards.layout.size,
+                    shards.master[begin:end],
+                    first=max(0, at - slot.begin),
+                )
+    return cuts
+
+
+def aliases(model: nn.Module) -> dict[str, Name]:
+    """The other names of tied weights, each with the first one."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {f"model.{other}": Name(("model", first)) for first, *others in names.values() for other in others}
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to the model's state dict, each under all of its names."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ConfigError(
+                f"save: {path or 'the model'} ({type(module).__name__}) has a get_extra_state(), which checkpoints do "
+                "not hold: pass what it gives to mics.save by a name of its own"
+            )
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found

@@ -1,0 +1,213 @@
+"""`save`: what is collected, copied, written by all ranks, and published by rank 0."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mics_core import registry
+from mics_core.checkpoint import model_state, optimizer_state
+from mics_core.checkpoint.agreed import exchange, together
+from mics_core.checkpoint.contents import Contents, Name, pickled
+from mics_core.checkpoint.folder import Place
+from mics_core.checkpoint.manifest import Manifest
+from mics_core.checkpoint.writing import INDEX, write, write_index
+from mics_core.comm import World
+from mics_core.errors import ConfigError, LifecycleError
+from mics_core.runtime import Runtime
+from mics_core.topology import Rungs
+
+EXTRA = Name(("extra",))
+
+
+class Saving:
+    """A save, which may be under way."""
+
+    def __init__(self, job: _Job, world: World, *, background: bool) -> None:
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if not background:
+            job.run(world)
+            return
+        # Not a daemon: a process that ends lets its last save end first.
+        self._thread = threading.Thread(target=self._work, args=(job, world), name="mics save")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is complete; raise if it is not going to be, the same on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+        _forget(self)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self, job: _Job, world: World) -> None:
+        try:
+            job.run(world)
+        except Exception as error:  # handed to whoever waits, and the next save does
+            self._error = error
+
+
+_under_way: list[Saving] = []
+
+
+def _forget(saving: Saving) -> None:
+    if saving in _under_way:
+        _under_way.remove(saving)
+
+
+@atexit.register
+def wait_for_saves() -> None:
+    """Let all saves that are under way come to their end; a failure that nobody has heard of is raised."""
+    while _under_way:
+        _under_way[0].wait()
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    background: bool = False,
+    keep: int | None = None,
+    **extra: Any,
+) -> Saving:
+    """Write a checkpoint that any sharding, number of ranks and precision can load; call it on every rank.
+
+    `path` becomes a directory of the checkpoint's own, such as runs/step-100, on a disk that all ranks share; a
+    checkpoint that was there is replaced. It appears when it is complete, and then the file `latest` beside it names
+    it: who is killed at any moment can load the one before. Ranks that hold the same bytes share the writing.
+
+    It holds the master weights, frozen parameters and persistent buffers (rank 0's), the optimizer's state, the float16
+    loss scale, the state of torch's random numbers on every rank, and `extra`: what can be pickled, such as
+    `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds no gradients, so call it after the step.
+
+    background: copy what this rank writes to host memory, and return while a thread writes it. The next save waits for
+        it, and so does the end of the process. A failure is raised by the next save, or by `wait()` of what this
+        returns: call it at the end, because a process that ends can only print it.
+    keep: remove all but so many of the newest checkpoints beside this one, once it is complete.
+
+    Other tools read it as a torch.distributed.checkpoint: `python -m torch.distributed.checkpoint.format_utils
+    dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
+    """
+    runtime = registry.runtime_of(model, "save")
+    runtime.rest("save")
+    wait_for_saves()
+    runtime.wait()
+    world, rungs = runtime.world, runtime.ladder.rungs
+    contents: list[Contents] = []
+
+    def collect() -> tuple[str, int | None, bool]:
+        place = Place(Path(path))
+        if keep is not None and keep < 1:
+            raise ConfigError(f"save: keep is {keep}, expected at least 1: the new checkpoint counts")
+        _check_gradients(runtime)
+        found = _collect(runtime, model, optimizer, extra)
+        if background:
+            found = found.staged(rungs.piece(world.rank, world.size), world.size)
+        contents.append(found)
+        return str(place.path), keep, background
+
+    requests = exchange(world, "save", collect)
+    if any(request != requests[0] for request in requests):
+        odd = next(rank for rank, request in enumerate(requests) if request != requests[0])
+        raise ConfigError(
+            f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
+            "everywhere"
+        )
+    place = Place(Path(path))
+    together(world, "save", lambda: place.prepare() if world.rank == 0 else None)
+    job = _Job(place, contents[0], rungs, world.rank, keep, _about(runtime, optimizer, contents[0]))
+    saving = Saving(job, world.beside("checkpoint") if background else world, background=background)
+    if background:
+        _under_way.append(saving)
+    return saving
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is left to do when all is collected."""
+
+    place: Place
+    contents: Contents
+    rungs: Rungs
+    rank: int
+    keep: int | None
+    about: dict[str, Any]
+
+    def run(self, world: World) -> None:
+        """Write, and publish when all ranks have."""
+        results: list[Any] = []
+
+        def write_mine() -> Any:
+            written, mine = write(self.place.temporary, self.contents, self.rank, self.rungs)
+            results.extend(mine)
+            return written
+
+        try:
+            written = exchange(world, "save", write_mine)
+            together(world, "save", lambda: self._publish(written, results) if self.rank == 0 else None)
+        except Exception:
+            if self.rank == 0:
+                self.place.abandon()
+            raise
+
+    def _publish(self, written: list[Any], results: list[Any]) -> None:
+        files = {each.name: each.entry for each in written}
+        files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written, results)
+        self.place.publish(Manifest(self.place.next_number(), files, self.about))
+        if self.keep is not None:
+            self.place.keep(self.keep)
+
+
+def _check_gradients(runtime: Runtime) -> None:
+    waiting = runtime.reducer.unstepped()
+    if waiting:
+        raise LifecycleError(
+            f"save: {waiting[0]} has gradients that no step has used, and a checkpoint holds none: save after "
+            "optimizer.step(), or drop them with zero_grad()"
+        )
+
+
+def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, extra: dict[str, Any]) -> Contents:
+    weights = model_state.weights(runtime)
+    cuts = list(weights.values())
+    wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model).items()}
+    objects = {EXTRA: pickled(extra)}
+    if optimizer is not None:
+        state = optimizer_state.collect(runtime, optimizer, weights)
+        cuts += state.cuts
+        wholes |= state.wholes
+        objects[optimizer_state.GROUPS] = pickled(state.groups)
+    own = pickled(random_state(runtime.world.device))
+    return Contents(tuple(cuts), wholes, objects, own, model_state.aliases(model))
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of torch's generators on this rank."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents) -> dict[str, Any]:
+    precision, scaling = runtime.precision, runtime.conductor.scaling
+    return {
+        "ranks": runtime.world.size,
+        "ranks_per_node": runtime.ladder.rungs.topology.ranks_per_node,
+        "sharding": asdict(runtime.sharding),
+        "precision": {name: str(getattr(precision, name)) for name in ("compute", "reduce", "master")},
+        "loss_scale": None if scaling is None else scaling.state(),
+        "optimizer": None if optimizer is None else type(optimizer).__name__,
+        "single_numbers": sorted({name.keys[-1] for name in contents.wholes if name.keys[0] == "optimizer"}),
+        "torch": str(torch.__version__),
+    }

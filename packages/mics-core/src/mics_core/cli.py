@@ -1,0 +1,52 @@
+"""The command `mics`: what is done with checkpoints outside of training, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mics_core.checkpoint.description import describe
+from mics_core.checkpoint.export import export
+from mics_core.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        if given.command == "inspect":
+            print(describe(given.checkpoint, verify=given.verify))
+        else:
+            for path in export(given.checkpoint, given.out, DTYPES.get(given.dtype), given.shard_bytes):
+                print(path)
+    except (ConfigError, RuntimeError, OSError) as error:
+        print(f"mics {given.command} failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mics", description="Checkpoints of mics.save. They hold pickles: trust them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    checkpoint = "a checkpoint's directory, or a folder whose `latest` names one"
+    inspect = commands.add_parser("inspect", help="print what is inside")
+    inspect.add_argument("checkpoint", type=Path, help=checkpoint)
+    inspect.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
+    out = commands.add_parser("export", help="write the model's weights and buffers as safetensors")
+    out.add_argument("checkpoint", type=Path, help=checkpoint)
+    out.add_argument("out", type=Path, help="such as model.safetensors")
+    out.add_argument("--dtype", choices=sorted(DTYPES), help="of what is floating point; default: as it was saved")
+    out.add_argument("--shard-bytes", type=int, metavar="N", help="spread over files of at most N bytes of tensors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""A program: two ranks train and save, and are killed again and again by SIGKILL; prints what became of them as JSON.
+
+The processes are forks of this one, which has imported everything, so that many lives fit into a test.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import mics_core as mics
+
+RANKS, STEPS, EVERY = 2, 160, 2
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def note(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+
+
+def warm_up(folder: Path) -> None:
+    """Everything once, in a world of one, so that forks need not import what torch imports late."""
+    model = mics.shard(Tiny(), mics.Sharding.ddp())
+    optimizer = mics.AdamW(model.parameters())
+    model(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+    mics.save(folder / "warm" / "step-1", model, optimizer)
+    mics.load(folder / "warm", model, optimizer)
+
+
+def live(rank: int, life: int, folder: Path, behind: bool) -> None:
+    """Train from the latest checkpoint on, as far as one gets."""
+    torch.manual_seed(rank)
+    store = dist.FileStore(str(folder / f"store-{life}"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    model = mics.shard(Tiny(), mics.Sharding(1, 1, 2), ranks_per_node=1)
+    optimizer = mics.AdamW(model.parameters(), lr=1e-2)
+    runs, first = folder / "runs", 0
+    if (runs / "latest").exists():
+        first = mics.load(runs, model, optimizer)["step"]
+    note(folder / f"begun-{rank}", str(first))
+    for step in range(first, STEPS):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(100 * step + rank))
+        loss = (model(x) - x.roll(1, -1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        note(folder / f"losses-{rank}", f"{step} {loss.item().hex()}")
+        if (step + 1) % EVERY == 0:
+            saving = mics.save(runs / f"step-{step + 1}", model, optimizer, step=step + 1, keep=2, background=behind)
+            if not behind:
+                note(folder / f"saved-{rank}", str(step + 1))
+    if behind:
+        saving.wait()
+    dist.destroy_process_group()
+
+
+def fork(rank: int, life: int, folder: Path, behind: bool) -> int:
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
+            live(rank, life, folder, behind)
+            status = 0
+        finally:
+            os._exit(status)
+    return process
+
+
+def under_way(runs: Path) -> set[tuple[str, int]]:
+    """Each directory of a save that is not complete, and when it was made: the dead leave some, too."""
+    found = set()
+    for path in runs.glob(".*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
+
+
+def kill_after(processes: list[int], seconds: float, folder: Path, in_a_save: bool) -> bool:
+    """Kill them so long after a save of theirs began, or was complete; whether one was under way at their end."""
+    before, last = under_way(folder / "runs"), latest(folder)
+    deadline = time.monotonic() + 60
+    while not under_way(folder / "runs") - before if in_a_save else latest(folder) == last:
+        if os.waitpid(processes[0], os.WNOHANG) != (0, 0) or time.monotonic() > deadline:
+            raise RuntimeError("a rank ended by itself, or did not begin")
+        time.sleep(0.0005)
+    time.sleep(seconds)
+    for process in random.sample(processes, len(processes)):
+        os.kill(process, signal.SIGKILL)
+        time.sleep(random.random() * 0.002)
+    for process in processes:
+        os.waitpid(process, 0)
+    return bool(under_way(folder / "runs") - before)
+
+
+def latest(folder: Path) -> int:
+    """When a save was last complete."""
+    path = folder / "runs" / "latest"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def begun(folder: Path) -> list[int]:
+    """The step that each life began with."""
+    path = folder / "begun-0"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def losses(folder: Path) -> list[dict[str, list[str]]]:
+    """For each rank what was seen for each step, in all lives."""
+    found = []
+    for rank in range(RANKS):
+        seen: dict[str, list[str]] = {}
+        for line in (folder / f"losses-{rank}").read_text().splitlines():
+            if len(words := line.split()) == 2:  # the last line of a life may be cut
+                seen.setdefault(words[0], []).append(words[1])
+        found.append(seen)
+    return found
+
+
+def main(folder: Path, kills: int, behind: bool) -> None:
+    torch.set_num_threads(1)
+    random.seed(kills)
+    warm_up(folder)
+    (folder / "calm").mkdir()
+    calm = [fork(rank, 0, folder / "calm", behind) for rank in range(RANKS)]
+    fates = [os.waitpid(process, 0)[1] for process in calm]
+    hit, lost = 0, 0
+    for life in range(kills):
+        processes = [fork(rank, life, folder, behind) for rank in range(RANKS)]
+        in_a_save = life % 2 == 0
+        hit += kill_after(processes, random.random() * (0.02 if in_a_save else 0.05), folder, in_a_save)
+        saved = folder / "saved-0"
+        last = max((int(line) for line in saved.read_text().split()), default=0) if saved.exists() else 0
+        runs = folder / "runs"
+        there = mics.checkpoint.folder.find(runs).name if (runs / "latest").exists() else "step-0"
+        lost += int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
+    processes = [fork(rank, kills, folder, behind) for rank in range(RANKS)]
+    fates += [os.waitpid(process, 0)[1] for process in processes]
+    there = sorted(path.name for path in (folder / "runs").iterdir())
+    print(
+        json.dumps(
+            {
+                "fates": fates,
+                "in saves": hit,
+                "lost": lost,
+                "calm": losses(folder / "calm"),
+                "found": losses(folder),
+                "begun": begun(folder),
+                "there": there,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "behind")

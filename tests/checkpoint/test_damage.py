@@ -1,0 +1,85 @@
+"""What is damaged, does not fit or cannot be written is one sentence on every rank, and nothing is lost."""
+
+from pathlib import Path
+
+import pytest
+
+import damage_work as work
+from mics_core import ConfigError, LifecycleError
+from pool import Pool
+
+
+def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touched(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(2, work.load_damaged, tmp_path)
+    assert {name for name, *_ in first} == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
+    for found in (first, second):
+        for name, damage, said, changed in found:
+            assert name in said, (name, damage, said)
+            assert "\n" not in said
+            assert not changed
+            if name.endswith(".distcp"):
+                assert "which holds model." in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("Wider", "first.weight has the shape (6, 6) in"),
+        ("Longer", "more is missing in"),
+        ("Shorter", "idle is in"),
+        ("SGD", "the checkpoint's optimizer is AdamW, got SGD"),
+        ("fewer", "belongs to the checkpoint's optimizer alone"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer(pool: Pool, tmp_path: Path, kind: str, sentence: str) -> None:
+    for error in pool.errors(2, work.load_into_another, tmp_path, kind, timeout=60.0):
+        assert type(error) is ConfigError
+        assert sentence in str(error)
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "one rank"])
+def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kind: str) -> None:
+    for error in pool.errors(2, work.load_into_another, tmp_path, kind, timeout=60.0):
+        assert "does not exist or is empty, expected a directory with a manifest.json" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("not a directory", "File exists, expected a disk with room"),
+        ("full", "File too large"),
+        ("full behind", "File too large"),
+        ("keep", "keep is 0, expected at least 1"),
+        ("paths", "ask alike everywhere"),
+        ("extra", "pickle"),
+        ("gradients", "has gradients that no step has used"),
+    ],
+)
+def test_a_save_that_fails_leaves_the_one_before(pool: Pool, tmp_path: Path, how: str, sentence: str) -> None:
+    for said, there, loaded in pool.run(2, work.fail_to_save, tmp_path, how):
+        assert sentence in said
+        assert "\n" not in said
+        assert there == ["latest", "step-1"]
+        assert loaded
+
+
+def test_a_save_inside_a_forward(pool: Pool, tmp_path: Path) -> None:
+    for error in pool.errors(2, work.save_inside, tmp_path, timeout=60.0):
+        assert type(error) is LifecycleError
+        assert "save: called inside the model's forward" in str(error)
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool, tmp_path: Path) -> None:
+    for first, second in pool.run(2, work.fail_behind, tmp_path):
+        assert "No space left on device" in first
+        assert second == "saved"
+
+
+def test_the_newest_are_kept_and_what_killed_saves_left_is_removed(pool: Pool, tmp_path: Path) -> None:
+    for there in pool.run(2, work.keep_two, tmp_path):
+        assert there == [
+            ["latest", "notes", "step-1", "step-2"],
+            ["latest", "notes", "step-2", "step-3"],
+            ["latest", "notes", "step-3", "step-4"],
+            ["latest", "notes", "step-3", "step-4"],
+        ]
