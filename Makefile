@@ -7,7 +7,7 @@ GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
 .PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels bench-host \
-	bench-training bench-links bench-peers gpu-check pretrain dist lock clean
+	bench-training bench-links bench-peers bench-scenes bench-checkpoints bench-report gpu-check pretrain dist lock clean
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,8 @@ format: setup ## Format the code and repair what the linter can.
 	@$(PY) -m ruff check --fix-only
 	@$(PY) -m ruff format
 
-bench: bench-host bench-training bench-links bench-peers bench-kernels ## Run every benchmark there is.
+bench: setup ## Run every benchmark that the machine allows, and renew the tables: 20 minutes on 2 cores.
+	@$(PY) -m bench.all $(ARGS)
 
 bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
 	@$(PY) -m bench.kernels $(ARGS)
@@ -61,8 +62,17 @@ bench-training: setup ## Measure a training step on one rank, against plain PyTo
 bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root).
 	@$(PY) -m bench.links $(ARGS)
 
-bench-peers: setup ## Measure a training step on emulated nodes against FSDP2 (needs root).
-	@$(PY) -m bench.peers $(ARGS)
+bench-peers: setup ## Measure a training step on emulated nodes against the peers (needs root).
+	@$(PY) -m bench.scenes peers-100 peers-400 $(ARGS)
+
+bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root).
+	@$(PY) -m bench.scenes $(ARGS)
+
+bench-checkpoints: setup ## Measure checkpoints against the disk, and what a background save costs.
+	@$(PY) -m bench.checkpoints $(ARGS)
+
+bench-report: setup ## Renew the measured tables of README and docs from the results.
+	@$(PY) -m bench.report $(ARGS)
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
 gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need.

@@ -111,10 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"| {name} | {microseconds[name]:.0f} | {cost[name]:.0f} |")
     rounds = samples.spread("mics").rounds
     print(f"\nmics costs {share:.2f} of what FSDP2 does, for {UNITS + 1} units; medians of {rounds} rounds")
-    content = {
-        "command": ["python", "-m", "bench.host", *(sys.argv[1:] if arguments is None else arguments)],
-        "machine": record.machine(),
-        "commit": record.commit(),
+    words = ["python", "-m", "bench.host", *(sys.argv[1:] if arguments is None else arguments)]
+    content = record.stamp(words, "cpu") | {
         "units": UNITS + 1,
         "microseconds": {name: samples.spread(name) for name in VARIANTS},
         "cost_per_unit": cost,

@@ -58,10 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"| {rate:g} | {size:g} | " + " | ".join(f"{share[n]:.3f}" for n in ("descend", "climb", "sync")) + " |"
             )
-    content = {
-        "command": ["python", "-m", "bench.links", *(sys.argv[1:] if arguments is None else arguments)],
-        "machine": record.machine(),
-        "commit": record.commit(),
+    words = ["python", "-m", "bench.links", *(sys.argv[1:] if arguments is None else arguments)]
+    content = record.stamp(words, "cpu") | {
         "nodes": NODES,
         "ranks_per_node": RANKS,
         "latency_ms": options.latency,

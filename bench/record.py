@@ -119,6 +119,12 @@ def save(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 def stamp(words: Sequence[str], device: torch.device | str, known_commit: str = "") -> dict[str, Any]:
     """What every record begins with. Of an absolute path among the command's words only the name is kept."""
     return {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import links, peers
+from bench import links
 from bench.cluster import unavailable
 from bench.record import ROOT
 
@@ -43,13 +43,3 @@ def test_transfers_between_nodes_are_set_against_their_link(tmp_path: Path) -> N
     assert links.main(["--rates", "1000", "--sizes", "1", "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert all(0 < share <= 1.02 for share in row["share"].values()), row
-
-
-@needs_nodes
-def test_peers_take_the_same_step_and_agree_on_the_loss(tmp_path: Path) -> None:
-    out = tmp_path / "peers.json"
-    small = ["--rate", "1000", "--width", "64", "--blocks", "2", "--rounds", "1", "--out", str(out)]
-    assert peers.main(["HSDP 4", "mics 2,2,4", "FSDP2", "DDP", *small]) == 0
-    found = json.loads(out.read_text())
-    assert set(found["seconds"]) == {"HSDP 4", "mics 2,2,4", "FSDP2", "DDP"}
-    assert found["sent"]["mics 2,2,4"] < found["sent"]["HSDP 4"] < found["sent"]["FSDP2"]

@@ -5,6 +5,7 @@ import torch
 from mics_models.data import standard_library
 from mics_models.loss import IGNORED
 from mics_models.pretrain import Training
+from mics_models.training.batches import Batches, configure
 from mics_models.training.settings import (
     BatchSettings,
     ModelSettings,
@@ -24,7 +25,8 @@ def test_a_bert_guesses_masked_bytes_far_better_than_by_their_frequency() -> Non
         schedule=ScheduleSettings(steps=STEPS),
     )
     corpus = standard_library()
-    training = Training(told, corpus, torch.device("cpu"))
+    batches = Batches(told, configure(told.model), corpus, 0, 1)
+    training = Training(told, batches, torch.device("cpu"))
     for step in range(STEPS):
         training.step(step)
     right, by_frequency, total = 0, 0, 0

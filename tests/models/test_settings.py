@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mics_models.data import Corpus, decode, encode
 from mics_models.training.batches import Batches, configure
-from mics_models.training.settings import ModelSettings, Settings, flatten, read, to_toml
+from mics_models.training.settings import ModelSettings, Settings, explained, flatten, read, to_toml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -122,3 +122,9 @@ def test_the_examples_can_be_read(example: Path) -> None:
     corpus = Corpus(tokens, tokens, 1, 1, config.vocab, 0, 1, encode, decode)
     world = 128 if told.model.name == "bert-10b" else 8  # as its comment says
     assert Batches(told, config, corpus, 0, world).training(0, 0)["tokens"].shape[1] == told.batch.seq
+
+
+def test_the_help_explains_every_key() -> None:
+    lines = [line for line in explained().splitlines() if " = " in line]
+    assert len(lines) == len(list(flatten(Settings()))) - 1  # model.config is a table
+    assert not [line for line in lines if "  # " not in line and not line.startswith(("lr", "beta", "eps"))]

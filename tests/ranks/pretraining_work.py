@@ -6,6 +6,7 @@ import torch.distributed as dist
 import mics_core as mics
 from mics_models.data import Corpus, decode, encode
 from mics_models.pretrain import Training
+from mics_models.training.batches import Batches, configure
 from mics_models.training.news import Exchange, Stop
 from mics_models.training.settings import (
     BatchSettings,
@@ -43,9 +44,14 @@ def settings(name: str, degrees: tuple[int, int, int], *, packed: bool = False) 
     )
 
 
+def train(told: Settings) -> Training:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return Training(told, Batches(told, configure(told.model), corpus(), rank, world), torch.device("cpu"))
+
+
 def losses(told: Settings) -> list[float]:
     """The mean loss of each step over all ranks and micro-steps."""
-    training = Training(told, corpus(), torch.device("cpu"))
+    training = train(told)
     found = []
     for step in range(STEPS):
         mine, _ = training.step(step)
@@ -58,7 +64,7 @@ def losses(told: Settings) -> list[float]:
 
 def start(told: Settings) -> dict[str, torch.Tensor]:
     """The weights that training begins with."""
-    training = Training(told, corpus(), torch.device("cpu"))
+    training = train(told)
     with mics.full_params(training.model):
         return {name: value.clone() for name, value in training.model.state_dict().items()}
 

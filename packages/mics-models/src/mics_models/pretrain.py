@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import mics_core as mics
-from mics_models.data import Corpus, load, standard_library
+from mics_models.data import load, standard_library
 from mics_models.training import journal, plan, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
@@ -34,12 +34,12 @@ from mics_models.training.together import Refused, agree, everyone, together
 class Training:
     """The model, sharded, with its optimizer and its batches. `mics.init()` comes first."""
 
-    def __init__(self, told: Settings, corpus: Corpus, device: torch.device) -> None:
+    def __init__(self, told: Settings, batches: Batches, device: torch.device) -> None:
         self.told = told
         self.device = device
         self.rank, self.world = _place()
         self.config = configure(told.model)
-        self.batches = Batches(told, self.config, corpus, self.rank, self.world)
+        self.batches = batches
         torch.manual_seed(told.seed)
         with torch.device("meta"):  # no rank ever holds the whole model
             model = build(self.config)
@@ -178,9 +178,10 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
     agree(
         {f"the number of tokens in data.folder ({side})": len(getattr(corpus, side)) for side in ("train", "held_out")}
     )
+    batches = together(lambda: Batches(told, configure(told.model), corpus, *_place()))
     screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
     folder = _prepare(told, rank)
-    run = Run(Training(told, corpus, device), corpus, folder, screen)
+    run = Run(Training(told, batches, device), corpus, folder, screen)
     screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
     stopped = run.train()
     if stopped is not Stop.SIGNAL:
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mics_models.pretrain",
         description="Pretrain a GPT or a BERT under the runtime.",
-        epilog="keys and their defaults:\n\n" + settings.to_toml(Settings()),
+        epilog="keys, their defaults and what they mean:\n\n" + settings.explained(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

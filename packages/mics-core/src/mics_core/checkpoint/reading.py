@@ -124,4 +124,4 @@ class _Planner(DefaultLoadPlanner):
         return self._memory[index]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self._objects[read_item.dest_index.fqn] = torch.load(value, weights_only=False)
+        self._objects[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=False)

@@ -46,8 +46,7 @@ class Saving:
             self._thread.join()
         _forget(self)
         if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+            raise self._error
 
     def _work(self, job: _Job, world: World) -> None:
         try:
@@ -106,7 +105,7 @@ def save(
     contents: list[Contents] = []
 
     def collect() -> tuple[str, int | None, bool]:
-        place = Place(Path(path))
+        place = Place(Path(path).absolute())
         if keep is not None and keep < 1:
             raise ConfigError(f"save: keep is {keep}, expected at least 1: the new checkpoint counts")
         _check_gradients(runtime)
@@ -123,7 +122,7 @@ def save(
             f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
             "everywhere"
         )
-    place = Place(Path(path))
+    place = Place(Path(path).absolute())
     together(world, "save", lambda: place.prepare() if world.rank == 0 else None)
     job = _Job(place, contents[0], rungs, world.rank, keep, _about(runtime, optimizer, contents[0]))
     saving = Saving(job, world.beside("checkpoint") if background else world, background=background)
@@ -162,6 +161,13 @@ class _Job:
 
     def _publish(self, written: list[Any], results: list[Any]) -> None:
         files = {each.name: each.entry for each in written}
+        for name, entry in files.items():
+            file = self.place.temporary / name
+            if not file.is_file() or file.stat().st_size != entry.bytes:
+                raise ConfigError(
+                    f"save: {file} is not what its rank has written, expected all ranks to share the disk: choose a "
+                    "path that they share"
+                )
         files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written, results)
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
         if self.keep is not None:

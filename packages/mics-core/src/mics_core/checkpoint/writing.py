@@ -53,7 +53,8 @@ def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> tuple[Wr
     writer = FileSystemWriter(folder)
     writer.fs = files
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-    results = {result.index: result for result in writer.write_data(plan, _Planner(data)).value()}
+    with _no_second_checksum():
+        results = {result.index: result for result in writer.write_data(plan, _Planner(data)).value()}
     ordered = [results[item.index] for item in items]
     spans = array("q", [number for r in ordered for number in (r.storage_data.offset, r.storage_data.length)])
     name, entry = files.only()
@@ -88,6 +89,17 @@ def write_index(
         everything += [replace(result, index=replace(result.index, fqn=other)) for result in by_name[str(first)]]
     FileSystemWriter(folder).finish(metadata, [everything])
     return measure(folder / INDEX)
+
+
+@contextmanager
+def _no_second_checksum() -> Iterator[None]:
+    """torch.save computes one of each tensor, which no reader looks at, and which takes longer than writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _alone(part: torch.Tensor) -> torch.Tensor:

@@ -24,19 +24,24 @@ class Forecast:
     sent: Mapping[str, int]  # in a step, by rung
 
 
+CALLED = {"shard": "weights", "master": "master weights", "sharded": "gradients", "optimizer": "optimizer state"}
+"""The runtime's nouns in everyday words."""
+
+
 def rows(told: Settings, config: Config, corpus: Corpus, forecast: Forecast) -> dict[str, str]:
     """A name and a text in each row."""
     batch, schedule = told.batch, told.schedule
     tokens = batch.samples * batch.seq
     p, g, o = forecast.degrees
     sent = ", ".join(f"{_mb(count)} over {rung}" for rung, count in forecast.sent.items())
-    resting = ", ".join(f"{name} {_mb(count)}" for name, count in forecast.at_rest.items() if count)
+    resting = ", ".join(f"{CALLED.get(name, name)} {_mb(count)}" for name, count in forecast.at_rest.items() if count)
     return {
         "model": f"{told.model.name}: {config.num_params():,} parameters, {config.layers} layers, width "
         f"{config.width}; {config.flops_per_token(batch.seq):,} FLOPs a token",
         "data": f"{told.data.folder or 'the sources of the Python standard library'}: {len(corpus.train):,} tokens in "
         f"{corpus.train_files:,} documents, {len(corpus.held_out):,} in {corpus.held_out_files:,} held out",
-        "ranks": f"{forecast.ranks} on {forecast.device}, {forecast.ranks_per_node} on a node; computing in "
+        "ranks": f"{forecast.ranks} on {forecast.device}, {forecast.ranks_per_node} on a node"
+        f"{' (as if: nodes are told, not found)' if told.sharding.ranks_per_node else ''}; computing in "
         f"{told.sharding.precision}",
         "sharding": f"parameters cut into {p}, gradients into {g}, optimizer state into {o}",
         "memory": f"{_mb(sum(forecast.at_rest.values()))} a rank at rest ({resting}), up to {_mb(forecast.gathered)} "

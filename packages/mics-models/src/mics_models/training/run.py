@@ -83,6 +83,7 @@ class Run:
             peak(training.device, training.compute, self.told.log.peak_tflops) if training.rank == 0 else None
         )[0]
         self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
+        self._losses: list[float] = []  # of the steps since the last report
         self.held_out = math.nan
         self._saving: Any = None
         self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
@@ -118,7 +119,10 @@ class Run:
         if self.done == steps:
             return Stop.NO
         why = "the minutes are over" if self.news.stop is Stop.TIME else "a signal asked for it"
-        self.screen.say(f"stopped after {self.done} of {steps} steps, because {why}; saved in {self.checkpoints}")
+        self.screen.say(
+            f"stopped after {self.done} of {steps} steps, because {why}; saved in {self.checkpoints}; to go on, give "
+            f"{self.folder}/settings.toml output={self.folder} checkpoint.resume=always"
+        )
         return self.news.stop
 
     def finish(self) -> float:
@@ -132,7 +136,8 @@ class Run:
         together(self._draw)
         self.screen.say(
             f"held-out loss {self.held_out:.4f} nats a token (a uniform guess: {math.log(self.corpus.vocab):.3f}) "
-            f"after {self.done} steps; log, curves.png and checkpoints are in {self.folder}"
+            f"after {self.done} steps; log, curves.png and checkpoints are in {self.folder}\nwhat is next: "
+            f"`python -m mics_models.generate {self.folder}`, `mics inspect {self.checkpoints}`"
         )
         return self.held_out
 
@@ -144,6 +149,7 @@ class Run:
         if news is None:
             return
         self.news = news
+        self._losses.append(news.loss)
         self.screen.stepped(step + 1, news.loss)
         if news.bad:
             batches = self.training.batches
@@ -181,7 +187,7 @@ class Run:
         speed = steps * told.batch.samples * told.batch.seq / seconds
         row = {
             "step": self.done,
-            "loss": self.news.loss,
+            "loss": sum(self._losses) / max(1, len(self._losses)),
             "norm": self.news.norm,
             "lr": told.optimizer.lr * rate(self.done - 1, told.schedule),
             "tokens_per_second": speed,
@@ -195,6 +201,7 @@ class Run:
             row["held_out"] = self.held_out = training.held_out_loss()
         if self.journal is not None:
             self.journal.write(row)
+        self._losses.clear()
         self.screen.report(row, told.schedule.steps)
         self._measure_again()
 

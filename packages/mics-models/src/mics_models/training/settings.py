@@ -6,6 +6,7 @@ Every key has a default here, which is what `make pretrain` runs: some minutes o
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -36,11 +37,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ShardingSettings:
-    """Into how many pieces each state is cut. 0 for params: the ranks of a node; for the others: as the one before."""
+    """Into how many pieces each state is cut."""
 
-    params: int = 0
-    grads: int = 0
-    optimizer: int = 0  # -1: all ranks
+    params: int = 0  # 0: the ranks of a node
+    grads: int = 0  # 0: as params
+    optimizer: int = 0  # 0: as grads; -1: all ranks
     ranks_per_node: int = 0  # 0: as the launcher says
     precision: str = "fp32"  # or bf16, fp16
     prefetch_mb: int = -1  # gathered ahead of its use; -1: the largest unit
@@ -52,7 +53,7 @@ class BatchSettings:
 
     samples: int = 16  # of all ranks and micro-steps
     seq: int = 128  # tokens of a sample
-    micro_steps: int = 2
+    micro_steps: int = 2  # in which a step comes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class OptimizerSettings:
 class ScheduleSettings:
     """How long, and at which rate."""
 
-    steps: int = 500
+    steps: int = 500  # of the optimizer
     minutes: float = 0.0  # end after these, whatever; 0: no limit
     kind: str = "cosine"  # or wsd: warm up, stay, decay
     warmup: float = 0.05  # of the steps
@@ -86,7 +87,7 @@ class EvaluationSettings:
     every: int = 100  # steps; 0: at the end only
     batches: int = 4  # of as many samples as a step takes
     sampled: int = 240  # tokens that a GPT writes at the end
-    prompt: str = "\ndef "
+    prompt: str = "\ndef "  # which they follow
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class CheckpointSettings:
     """What is kept."""
 
     every: int = 200  # steps; 0: at the end only
-    keep: int = 2
+    keep: int = 2  # of the newest
     background: bool = True  # write while training goes on
     resume: str = "never"  # always: go on where the run in `output` stopped; auto: if it has a checkpoint, else begin
 
@@ -104,7 +105,7 @@ class LogSettings:
     """What is said."""
 
     every: int = 20  # steps
-    tensorboard: bool = True
+    tensorboard: bool = True  # or the lines of JSON alone
     peak_tflops: float = 0.0  # of one device, for the MFU; 0: known by its name, else measured
 
 
@@ -194,6 +195,22 @@ def to_toml(settings: Settings) -> str:
             lines.setdefault(table, []).append(f"{name} = {_literal(value)}")
     parts = ["\n".join([f"[{table}]"] * bool(table) + rows) for table, rows in lines.items() if rows]
     return "\n\n".join(parts) + "\n"
+
+
+def explained() -> str:
+    """Every key with its default and the comment that it has above."""
+    source = Path(__file__).read_text()
+    meanings = {}
+    for kind, body in re.findall(r"^class (\w*)Settings:\n(.*?)(?=^\n\n@|^    def )", source, re.M | re.S):
+        for name, comment in re.findall(r"^    (\w+): .* = .*?  # (.*)$", body, re.M):
+            meanings[f"{kind.lower()}.{name}".lstrip(".")] = comment
+    table, lines = "", []
+    for line in to_toml(Settings()).splitlines():
+        table = line.strip("[]") if line.startswith("[") else table
+        name = line.partition(" = ")[0]
+        meaning = meanings.get(f"{table}.{name}".lstrip("."))
+        lines.append(f"{line:<28}# {meaning}" if meaning else line)
+    return "\n".join(lines) + "\n"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

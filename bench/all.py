@@ -1,0 +1,88 @@
+"""Every benchmark that this machine allows, one after the other, and the pages that show what they found.
+
+    python -m bench.all [PARTS...] [--minutes 20]
+
+A part that fails does not keep the others from running; one that no longer fits into the time is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.cluster import unavailable
+from bench.record import ROOT
+from bench.scenes.table import SCENES
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark: its module and words, about how long it takes, and why it cannot run here."""
+
+    name: str
+    words: tuple[str, ...]
+    seconds: int
+    unable: Callable[[], str | None] = lambda: None
+
+
+PARTS = (
+    Part("host", ("bench.host",), 30),
+    Part("training", ("bench.training",), 60),
+    Part("links", ("bench.links",), 90, unavailable),
+    *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
+    Part("kernels", ("bench.kernels", "--threads", "1"), 150),
+)
+
+
+def run(parts: Sequence[Part], seconds: float, command: Sequence[str]) -> dict[str, str]:
+    """Run the parts within the time; what became of those that did not run to their end, by name."""
+    end = time.monotonic() + seconds
+    trouble: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        left = end - time.monotonic()
+        reason = part.unable()
+        if reason is None and left < part.seconds:
+            reason = f"left out: it takes about {part.seconds} s, and {left:.0f} s are left of the time"
+        elif reason is not None:
+            reason = f"left out: {reason}"
+        else:
+            _say(f"part {number} of {len(parts)}, {part.name}: about {part.seconds} s, {left:.0f} s left for all")
+            status = subprocess.run([*command, *part.words], cwd=ROOT).returncode
+            reason = f"failed with status {status}" if status else None
+        if reason is not None:
+            trouble[part.name] = reason
+            _say(f"{part.name}: {reason}")
+    return trouble
+
+
+def _say(text: str) -> None:
+    print(f"\n=== {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run them, renew the pages, and repeat what did not run."""
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(prog="python -m bench.all", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"default: all of {', '.join(names)}")
+    parser.add_argument("--minutes", type=float, default=20.0, help="after which nothing new begins; default 20")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(names):
+        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
+    chosen = [part for part in PARTS if part.name in (options.parts or names)]
+    command = [sys.executable, "-m"]
+    trouble = run(chosen, 60 * options.minutes, command)
+    subprocess.run([*command, "bench.report"], cwd=ROOT, check=True)
+    for name, reason in trouble.items():
+        _say(f"{name}: {reason}")
+    return 1 if any(reason.startswith("failed") for reason in trouble.values()) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,149 @@
+"""What records of scenes say, as Markdown: a table of one, the weak scaling over several, and the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.record import table
+
+Found = Mapping[str, Any]
+"""The record of a scene."""
+
+WEAK = ("weak-1", "weak-2", "weak-4", "weak-8")
+
+
+def scene_table(found: Found) -> str:
+    """A scene's figures, for each number of micro-steps."""
+    first = next(iter(found["cases"][0]["variants"]))
+    header = [
+        "micro-steps",
+        "",
+        "s per step",
+        f"times as fast as {first}",
+        "over the limit",
+        "MB from a node",
+        "MB held",
+    ]
+    rows = []
+    for case in found["cases"]:
+        for name, figures in case["variants"].items():
+            over = over_limit(figures)
+            rows.append(
+                [
+                    str(case["micro_steps"]),
+                    name,
+                    f"{figures['spread']['median']:.3f}",
+                    f"{figures['times_as_fast']['value']:.2f}",
+                    "" if over is None else f"{over:.2f}",
+                    f"{figures['sent'][-1] / 1e6:.1f}",
+                    f"{figures['held'] / 1e6:.2f}",
+                ]
+            )
+    return table(header, rows)
+
+
+def over_limit(figures: Mapping[str, Any]) -> float | None:
+    """The median step over the shortest that could be; None for a peer."""
+    if figures["expected"] is None or not figures["expected"]["limit"]:
+        return None
+    over: float = figures["spread"]["median"] / figures["expected"]["limit"]
+    return over
+
+
+def seconds(found: Found, name: str, micro_steps: int = 4) -> float | None:
+    """The median step of a variant; None if it was left out."""
+    for case in found["cases"]:
+        if case["micro_steps"] == micro_steps and name in case["variants"]:
+            median: float = case["variants"][name]["spread"]["median"]
+            return median
+    return None
+
+
+def weak_table(records: Mapping[str, Found]) -> str:
+    """Seconds of a step on more and more nodes, and the efficiency from 2 to 8 of them."""
+    names = list(records[WEAK[-1]]["cases"][0]["variants"])
+    nodes = [records[scene]["scene"]["nodes"] for scene in WEAK]
+    header = ["s per step", *[f"{count} nodes" if count > 1 else "1 node" for count in nodes], "from 2 to 8"]
+    rows = []
+    for name in names:
+        steps = [seconds(records[scene], name) for scene in WEAK]
+        kept = _divided(steps[1], steps[-1])
+        rows.append([name, *["" if s is None else f"{s:.3f}" for s in steps], "" if kept is None else f"{kept:.3f}"])
+    return table(header, rows)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound that a figure of some scenes should keep."""
+
+    what: str
+    scenes: tuple[str, ...]
+    figure: Callable[[Mapping[str, Found]], float | None]
+    bound: float
+    at_most: bool = False
+
+    def kept(self, value: float) -> bool:
+        """Whether this figure keeps it."""
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+def faster(scene: str, name: str, base: str, bound: float) -> Goal:
+    """A variant should take so many times less than another, with 4 micro-steps."""
+    return Goal(
+        f"{name}, times as fast as {base} ({scene})",
+        (scene,),
+        lambda records: _divided(seconds(records[scene], base), seconds(records[scene], name)),
+        bound,
+    )
+
+
+def near(name: str) -> Goal:
+    """A variant should take hardly longer than it must."""
+
+    def figure(records: Mapping[str, Found]) -> float | None:
+        (case,) = records["stand-in"]["cases"]
+        return over_limit(case["variants"][name])
+
+    return Goal(f"{name}, step over the limit (stand-in)", ("stand-in",), figure, 1.15, at_most=True)
+
+
+GOALS = (
+    *[near(f"mics {degrees}") for degrees in ("2,2,4", "4,4,4", "2,2,8", "2,2,2", "1,1,1")],
+    faster("peers-100", "mics 2,2,4", "HSDP 4", 6.0),
+    faster("peers-100", "mics 4,4,4", "HSDP 4", 1.8),
+    faster("peers-100", "mics 2,2,8", "FSDP2 full", 8.0),
+    faster("peers-100", "mics 2,2,8", "ZeRO-3", 8.0),
+    faster("peers-100", "mics 2,2,2", "HSDP 2", 1.0),
+    faster("peers-100", "mics 1,1,1", "DDP", 1.0),
+    Goal(
+        "mics 2,2,-1, weak scaling from 2 to 8 nodes",
+        WEAK,
+        lambda records: _divided(seconds(records["weak-2"], "mics 2,2,-1"), seconds(records["weak-8"], "mics 2,2,-1")),
+        0.98,
+    ),
+    faster("hierarchy", "mics 4,4,4", "mics 4,4,4 flat", 1.45),
+)
+
+
+def goals_table(records: Mapping[str, Found]) -> str:
+    """Each goal beside what was measured."""
+    rows = [
+        [goal.what, f"{'<=' if goal.at_most else '>='} {goal.bound:g}", figure, kept]
+        for goal, figure, kept in _judged(records)
+    ]
+    return table(["", "goal", "measured", ""], rows)
+
+
+def _judged(records: Mapping[str, Found]) -> Iterator[tuple[Goal, str, str]]:
+    for goal in GOALS:
+        value = goal.figure(records) if all(scene in records for scene in goal.scenes) else None
+        if value is None:
+            yield goal, "not measured", ""
+        else:
+            yield goal, f"{value:.2f}", "kept" if goal.kept(value) else "missed"
+
+
+def _divided(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other

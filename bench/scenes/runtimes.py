@@ -1,0 +1,247 @@
+"""A training step under each runtime, by the name that tables show, and the bytes that each one holds for it.
+
+    DDP                    PyTorch's, gradients in views of its buckets, summed in the last micro-step
+    FSDP2 full             cut over all ranks
+    FSDP2 reshard N        the same, between forward and backward only over N ranks
+    HSDP N                 FSDP2 in groups of N ranks, the sum over the groups in the last micro-step
+    ZeRO-3                 DeepSpeed's, made to release a unit after its use, as it must with a model worth cutting
+    mics P,G,O [OPTION]    ours; an option switches one mechanism off by what the public calls offer:
+        flat               ranks_per_node=1: the ladder knows no nodes, and every gather is one all-to-all exchange
+        no-prefetch        prefetch_bytes=0: a gather begins when its unit is needed
+        no-overlap         no mics.accumulate: hop 2 begins at the clip, and no unit is kept between micro-steps
+
+All clip the norm and step with AdamW. FSDP2 gathers the next unit in advance, in both directions: its best setting.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mics_core as mics
+from bench.scenes.model import ROWS
+
+Make = Callable[[], nn.Module]
+LEARNING_RATE, LARGEST_NORM = 1e-3, 1.0
+OPTIONS: Mapping[str, Mapping[str, int]] = {
+    "flat": {"ranks_per_node": 1},
+    "no-prefetch": {"prefetch_bytes": 0},
+    "no-overlap": {},
+}
+
+
+class Runtime(Protocol):
+    """One way to train."""
+
+    def accumulate(self, batches: Sequence[Tensor]) -> float:
+        """Forward and backward of all micro-batches; the loss."""
+
+    def update(self) -> None:
+        """Clip and step."""
+
+    def finish(self) -> None:
+        """Wait for what is still under way."""
+
+    def held(self) -> int:
+        """Between `accumulate` and `update`: bytes of parameters, gradients and optimizer state on this rank."""
+
+
+def left_out(name: str) -> str | None:
+    """Why a runtime cannot run here; None if it can."""
+    if name == "ZeRO-3" and importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    return None
+
+
+def runtime(name: str, make: Make) -> Runtime:
+    """The runtime of this name."""
+    kind, *rest = name.split()
+    match kind, *rest:
+        case ["DDP"]:
+            return _DDP(make)
+        case ["FSDP2", "full"]:
+            return _FSDP2(make, dist.get_world_size(), reshard=True)
+        case ["FSDP2", "reshard", ranks]:
+            return _FSDP2(make, dist.get_world_size(), reshard=int(ranks))
+        case ["HSDP", ranks]:
+            return _FSDP2(make, int(ranks), reshard=True)
+        case ["ZeRO-3"]:
+            return _ZeRO3(make)
+        case ["mics", degrees, *options] if set(options) <= set(OPTIONS):
+            return Ours(make, mics.Sharding(*map(int, degrees.split(","))), options)
+    raise ValueError(f"runtime: got {name!r}, expected a name such as 'HSDP 4' or 'mics 2,2,4 flat'")
+
+
+def storage(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the memory that these tensors lie in, on this rank; what several share counts once."""
+    found = {}
+    for tensor in tensors:
+        if tensor is not None:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    states = optimizer.state_dict()["state"].values()
+    kept = [value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
+    parameters = list(model.parameters())
+    return storage([*parameters, *(parameter.grad for parameter in parameters), *kept])
+
+
+class Ours:
+    """mics."""
+
+    def __init__(self, make: Make, sharding: mics.Sharding, options: Sequence[str]) -> None:
+        self.marked = "no-overlap" not in options
+        told = {key: value for option in options for key, value in OPTIONS[option].items()}
+        self.model = mics.shard(make(), sharding, **told)
+        self._optimizer = mics.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+
+    def accumulate(self, batches: Sequence[Tensor]) -> float:
+        total = 0.0
+        for batch in mics.accumulate(self.model, batches) if self.marked else batches:
+            loss = self.model(batch) / len(batches)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def update(self) -> None:
+        mics.clip_grad_norm_(self.model, LARGEST_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def finish(self) -> None:
+        mics.ledger(self.model)  # waits for the refresh, which would hide behind the next forward
+
+    def held(self) -> int:
+        return _state(self.model, self._optimizer)
+
+
+class _Torch:
+    """What DDP and FSDP2 have in common; `last` tells them that the last micro-step comes."""
+
+    def __init__(self, model: nn.Module, last: Callable[[bool], None]) -> None:
+        self._model = model
+        self._last = last
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def accumulate(self, batches: Sequence[Tensor]) -> float:
+        total = 0.0
+        for number, batch in enumerate(batches, 1):
+            self._last(number == len(batches))
+            loss = self._model(batch) / len(batches)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self._model.parameters(), LARGEST_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def finish(self) -> None:
+        """A step leaves nothing under way."""
+
+    def held(self) -> int:
+        return _state(self._model, self._optimizer)
+
+
+class _DDP(_Torch):
+    def __init__(self, make: Make) -> None:
+        model = DistributedDataParallel(make(), gradient_as_bucket_view=True)
+
+        def last(is_last: bool) -> None:
+            model.require_backward_grad_sync = is_last
+
+        super().__init__(model, last)
+
+
+class _FSDP2(_Torch):
+    def __init__(self, make: Make, shard: int, *, reshard: bool | int) -> None:
+        world = dist.get_world_size()
+        if shard == world:
+            mesh = init_device_mesh("cpu", (world,))
+        else:
+            mesh = init_device_mesh("cpu", (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+        model = make()
+        blocks: Any = model.blocks
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        assert isinstance(model, FSDPModule)
+        for one, other in pairwise(blocks):
+            one.set_modules_to_forward_prefetch([other])
+            other.set_modules_to_backward_prefetch([one])
+        for module in (model, *blocks):
+            module._set_unshard_async_op(True)  # on a CPU a prefetch overlaps with nothing otherwise
+        super().__init__(model, model.set_requires_all_reduce)
+
+
+class _ZeRO3:
+    """DeepSpeed's stage 3, an optional extra."""
+
+    def __init__(self, make: Make) -> None:
+        import deepspeed  # type: ignore[import-not-found]
+
+        model = make()
+        blocks: Any = model.blocks
+        unit = sum(parameter.numel() for parameter in blocks[0].parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        config = {
+            "train_micro_batch_size_per_gpu": ROWS,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": LARGEST_NORM,
+            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # Its defaults keep up to a billion parameters whole, so all of so small a model.
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 2 * unit,
+                "stage3_max_reuse_distance": unit,
+                "stage3_prefetch_bucket_size": unit,
+                "reduce_bucket_size": unit,
+            },
+        }
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._optimizer = optimizer
+
+    def accumulate(self, batches: Sequence[Tensor]) -> float:
+        self._engine.set_train_batch_size(ROWS * len(batches) * dist.get_world_size())
+        total = 0.0
+        for number, batch in enumerate(batches, 1):
+            # It would count micro-steps from the first one ever, however many a step has now.
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
+            loss = self._engine(batch)
+            self._engine.backward(loss)
+            total += loss.item() / len(batches)
+            if number < len(batches):
+                self._engine.step()  # which only counts here
+        return total
+
+    def update(self) -> None:
+        self._engine.step()
+
+    def finish(self) -> None:
+        """A step leaves nothing under way."""
+
+    def held(self) -> int:
+        zero = self._engine.optimizer
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        tensors = [value for value in states if isinstance(value, Tensor) and value.dim()]
+        pieces = [parameter.ds_tensor for parameter in self._engine.module.parameters()]
+        return storage([*pieces, *zero.fp32_partitioned_groups_flat, zero.grad_partitions_flat_buffer, *tensors])
