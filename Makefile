@@ -18,9 +18,8 @@ setup: ## Build .venv with the locked versions, with a CPU build of torch where 
 # On a busy machine OpenMP's threads otherwise burn the time slices of those they wait for: seven times slower, measured.
 PATIENT := OMP_WAIT_POLICY=passive
 
-# Two processes: one with the tests of ranks, which mostly wait, one with those that compute (tests/conftest.py).
 test: setup ## Run the tests.
-	@$(PATIENT) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PATIENT) $(PY) -m pytest $(ARGS)
 
 # The interpreter of Triton 3.6 fails on numpy 2.4.
 OLDEST := triton==3.6.0 numpy==2.3.5

@@ -37,16 +37,6 @@ def pytest_report_header() -> str:
     return ", ".join([*versions, f"commit {commit or 'unknown'}"])
 
 
-WAITING = ("bench", "checkpoint", "core", "ranks", "repository")
-"""Folders whose tests start processes and wait for them. They take turns, beside those that compute."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group("waiting" if folder in WAITING else "computing"))
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Processes that are ranks: tests that need several share them, and the first one starts them."""

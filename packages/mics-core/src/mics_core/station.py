@@ -43,9 +43,11 @@ class Station:
     def watch_outputs(self, outputs: Any, begin: Callable[[torch.Tensor], None]) -> None:
         """Call `begin` before the backward of any of what the forward returned or left behind."""
         found = False
-        for tensor in (*trees.tensors(outputs), *self._left_behind()):
-            found = True
+        returned = list(trees.tensors(outputs))
+        for tensor in returned:
             self._check_own(tensor)
+        for tensor in (*returned, *self._left_behind()):
+            found = True
             if tensor.requires_grad:
                 tensor.register_hook(begin)  # type: ignore[no-untyped-call]
         if not found and self.reduced is not None:
