@@ -22,7 +22,7 @@ TINY = (
     "batch.samples=8",
     "evaluation.batches=1",
     "evaluation.sampled=5",
-    "log.every=2",
+    "log.every=3",  # the signal comes after two reports, and the run ends between two
     "log.tensorboard=false",
     "log.peak_tflops=1",
 )
@@ -67,7 +67,7 @@ def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, 
     assert re.search(r"^held-out loss \d\.\d+ nats a token \(a uniform guess: 5.545\) after 12 steps", said, re.M)
     assert (folder / "curves.png").exists()
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000012"]
-    assert list(losses(folder)) == [2, 4, 6, 8, 10, 12]
+    assert list(losses(folder)) == [3, 6, 9, 12]
     assert "held_out" in journal.read(folder)[-1]
 
 
@@ -94,7 +94,8 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
         assert process.returncode != 0
     stopped = re.search(r"stopped after (\d+) of 12 steps", said)
     assert stopped
-    assert 4 <= int(stopped[1]) < 12
+    assert 6 <= int(stopped[1]) < 12
+    assert int(stopped[1]) % 3, "it ended at a report, so nothing is shown"
     done = run(*settings, "checkpoint.resume=always", launcher=TWO_RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming after step {stopped[1]}" in done.stdout
@@ -128,12 +129,16 @@ def test_ranks_that_are_told_different_things_refuse_to_begin(tmp_path: Path) ->
 
 
 def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(tmp_path: Path) -> None:
-    settings = ("schedule.steps=1000000", "schedule.minutes=0.01", "checkpoint.resume=auto")
+    settings = ("schedule.steps=1000000", "schedule.minutes=0.03", "evaluation.every=2", "checkpoint.resume=auto")
     done = run(*settings, f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert re.search(r"stopped after \d+ of 1000000 steps, because the minutes are over", done.stdout)
     assert "held-out loss" in done.stdout
     assert (tmp_path / "run" / "curves.png").exists()
+    (stopped,) = re.findall(r"stopped after (\d+) of", done.stdout)
+    last = journal.read(tmp_path / "run")[-1]
+    assert last["step"] == int(stopped)
+    assert f"held-out loss {last['held_out']:.4f}" in done.stdout, "the loss that is told is that of the last step"
     again = run("schedule.steps=1", "checkpoint.resume=auto", f"output={tmp_path / 'run'}")
     assert again.returncode == 2
     assert "expected more: raise schedule.steps to go on" in again.stderr

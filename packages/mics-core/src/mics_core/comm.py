@@ -1,4 +1,4 @@
-"""Process groups and what travels through them. The only file that imports torch.distributed.
+"""Process groups and what travels through them. The only file that makes or uses torch.distributed's groups.
 
 A `Group` is the ranks that meet in one step of a ladder. It does two things, both blocking the lane they are called on:
 `gather` puts everyone's piece into one buffer, `exchange` brings everyone's part of my piece. On GPUs they are NCCL's

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import mics_core as mics
 from mics_models.data import load, standard_library
+from mics_models.data.replacing import replacing
 from mics_models.training import journal, plan, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
@@ -202,7 +203,8 @@ def _prepare(told: Settings, rank: int) -> Path:
                     "checkpoint.resume=always"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.toml").write_text(text)
+            with replacing(folder / "settings.toml") as file:
+                file.write(text.encode())
 
     def look() -> None:
         path = folder / "settings.toml"

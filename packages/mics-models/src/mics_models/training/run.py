@@ -77,14 +77,14 @@ class Run:
         self.folder = folder
         self.screen = screen
         self.checkpoints = folder / "checkpoints"
+        self._losses: list[float] = []  # of the steps since the last report
         self.done = self._resume()
         self.journal: journal.Journal | None = together(self._open_journal)
         self.peak = everyone(
             peak(training.device, training.compute, self.told.log.peak_tflops) if training.rank == 0 else None
         )[0]
         self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
-        self._losses: list[float] = []  # of the steps since the last report
-        self.held_out = math.nan
+        self._row: dict[str, float] = {}  # the last report
         self._saving: Any = None
         self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
         self._since = time.perf_counter()
@@ -125,21 +125,24 @@ class Run:
         )
         return self.news.stop
 
-    def finish(self) -> float:
+    def finish(self) -> None:
         """The held-out loss at the end, a sample, and the curves."""
-        if math.isnan(self.held_out):
-            self._report()  # the minutes ended it between two reports
+        if self._row.get("step") != self.done:  # the minutes ended it between two reports
+            self._report()
+        if "held_out" not in self._row:
+            self._row["held_out"] = self.training.held_out_loss()
+            self._write()
         if isinstance(self.training.model, GPT) and self.told.evaluation.sampled:
             prompt = self.corpus.encode(self.told.evaluation.prompt)
             tokens = sample(self.training.model, prompt, self.told.evaluation.sampled, seed=self.told.seed)
             self.screen.say(f"a sample:\n{self.corpus.decode(tokens.cpu())}\n")
         together(self._draw)
         self.screen.say(
-            f"held-out loss {self.held_out:.4f} nats a token (a uniform guess: {math.log(self.corpus.vocab):.3f}) "
-            f"after {self.done} steps; log, curves.png and checkpoints are in {self.folder}\nwhat is next: "
-            f"`python -m mics_models.generate {self.folder}`, `mics inspect {self.checkpoints}`"
+            f"held-out loss {self._row['held_out']:.4f} nats a token (a uniform guess: "
+            f"{math.log(self.corpus.vocab):.3f}) after {self.done} steps; log, curves.png and checkpoints are in "
+            f"{self.folder}\nwhat is next: `python -m mics_models.generate {self.folder}`, `mics inspect "
+            f"{self.checkpoints}`"
         )
-        return self.held_out
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.done % every == 0
@@ -185,25 +188,28 @@ class Run:
         self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
         optimizer = training.stopwatch.lap()
         speed = steps * told.batch.samples * told.batch.seq / seconds
-        row = {
+        self._row = {
             "step": self.done,
-            "loss": sum(self._losses) / max(1, len(self._losses)),
+            "loss": sum(self._losses) / len(self._losses),
             "norm": self.news.norm,
             "lr": told.optimizer.lr * rate(self.done - 1, told.schedule),
             "tokens_per_second": speed,
             "mfu": speed * training.config.flops_per_token(told.batch.seq) / (training.world * self.peak.flops),
-            "step_seconds": seconds / max(1, steps),
-            "compute": (seconds - exposed - optimizer) / max(1, steps),
-            "exposed": exposed / max(1, steps),
-            "optimizer": optimizer / max(1, steps),
+            "step_seconds": seconds / steps,
+            "compute": (seconds - exposed - optimizer) / steps,
+            "exposed": exposed / steps,
+            "optimizer": optimizer / steps,
         }
-        if self._due(told.evaluation.every) or self.done == told.schedule.steps or self.news.stop is Stop.TIME:
-            row["held_out"] = self.held_out = training.held_out_loss()
-        if self.journal is not None:
-            self.journal.write(row)
+        if self._due(told.evaluation.every) or self.done == told.schedule.steps:
+            self._row["held_out"] = training.held_out_loss()
         self._losses.clear()
-        self.screen.report(row, told.schedule.steps)
+        self._write()
+        self.screen.report(self._row, told.schedule.steps)
         self._measure_again()
+
+    def _write(self) -> None:
+        if self.journal is not None:
+            self.journal.write(self._row)
 
     def _save(self, *, background: bool) -> None:
         self._pause()
@@ -212,7 +218,7 @@ class Run:
                 self._saving.wait()
             except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks; and now is another try
                 self.screen.say(f"the checkpoint before this one was not saved: {error}")
-        extra = {"step": self.done, "settings": dict(flatten(self.told))}
+        extra = {"step": self.done, "settings": dict(flatten(self.told)), "losses": list(self._losses)}
         self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
         self._measure_again()
 
@@ -232,6 +238,7 @@ class Run:
                 f"the checkpoint has taken {extra['step']} steps and schedule.steps is {self.told.schedule.steps}, "
                 "expected more: raise schedule.steps to go on"
             )
+        self._losses += extra["losses"]  # so that the next report is that of a run which never stopped
         self.screen.say(f"resuming after step {extra['step']}")
         return int(extra["step"])
 
