@@ -46,6 +46,20 @@ def pool() -> Iterator[Pool]:
         yield pool
 
 
+@pytest.fixture(autouse=True)
+def _interpreter_for_kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels' tests ask for Triton's interpreter when they are collected; in all others it would take minutes."""
+    kernels = sys.modules.get("mics_kernels.backend")
+    if request.path.parent.name in ("kernels", "bench") or kernels is None or not kernels.INTERPRETED:
+        yield
+        return
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    kernels.backend.cache_clear()
+    yield
+    kernels.backend.cache_clear()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

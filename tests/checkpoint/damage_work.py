@@ -3,6 +3,9 @@
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +156,7 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
     except (RuntimeError, ValueError) as error:
         said = str(error)
     dist.barrier()
-    there = sorted(path.name for path in folder.iterdir())
+    there = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
     return said, there, mics.load(folder, model, optimizer) == {"step": 1}
 
 
@@ -213,10 +216,57 @@ def keep_two(folder: Path) -> list[list[str]]:
             (folder / "notes").mkdir(exist_ok=True)
         dist.barrier()
         mics.save(folder / f"step-{step}", model, optimizer, step=step, keep=2)
-        there.append(sorted(path.name for path in folder.iterdir()))
+        dist.barrier()  # rank 0 removes when the others have gone on
+        there.append(sorted(path.name for path in folder.iterdir() if path.name != ".lock"))
         assert mics.load(folder, model, optimizer) == {"step": step}
         dist.barrier()
     return there
+
+
+def fail_to_remove(folder: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """What is warned of when an old checkpoint cannot be removed; what is there after the next save."""
+    model, optimizer = saved(folder)
+    real = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shutil.rmtree = refuse  # type: ignore[assignment]
+        try:
+            mics.save(folder / "step-2", model, optimizer, step=2, keep=1)
+        finally:
+            shutil.rmtree = real
+    extra = mics.load(folder, model, optimizer)
+    mics.save(folder / "step-3", model, optimizer, step=3, keep=2)
+    dist.barrier()
+    there = sorted(path.name for path in folder.iterdir())
+    return [str(warning.message) for warning in caught], there, extra
+
+
+def save_beside_another(folder: Path) -> list[str]:
+    """What a save says while another process saves in its folder, and afterwards."""
+    model, optimizer = saved(folder)
+    said = []
+    other: subprocess.Popen[bytes] | None = None
+    if on_first_rank():
+        code = f"import fcntl; f = open({str(folder / '.lock')!r}); fcntl.flock(f, 2); print(); input()"
+        other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        other.stdout.readline()
+    dist.barrier()
+    for _ in range(2):
+        try:
+            mics.save(folder / "step-2", model, optimizer)
+            said.append("saved")
+        except ValueError as error:
+            said.append(str(error))
+        if other is not None and other.poll() is None:
+            other.kill()  # as a training that dies while saving
+            other.communicate()
+        dist.barrier()
+    return said
 
 
 def save_tied(folder: Path, cluster: Cluster) -> dict[str, Tensor]:

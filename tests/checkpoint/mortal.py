@@ -67,8 +67,9 @@ def live(rank: int, life: int, folder: Path, behind: bool) -> None:
         note(folder / f"losses-{rank}", f"{step} {loss.item().hex()}")
         if (step + 1) % EVERY == 0:
             saving = mics.save(runs / f"step-{step + 1}", model, optimizer, step=step + 1, keep=2, background=behind)
-            if not behind:
-                note(folder / f"saved-{rank}", str(step + 1))
+            # A save in the background is complete when the next one has begun.
+            if step + 1 - EVERY * behind:
+                note(folder / f"saved-{rank}", str(step + 1 - EVERY * behind))
     if behind:
         saving.wait()
     dist.destroy_process_group()
@@ -90,7 +91,7 @@ def fork(rank: int, life: int, folder: Path, behind: bool) -> int:
 def under_way(runs: Path) -> set[tuple[str, int]]:
     """Each directory of a save that is not complete, and when it was made: the dead leave some, too."""
     found = set()
-    for path in runs.glob(".*"):
+    for path in runs.glob(".*.*"):
         with suppress(FileNotFoundError):
             found.add((path.name, path.stat().st_ctime_ns))
     return found
@@ -156,7 +157,7 @@ def main(folder: Path, kills: int, behind: bool) -> None:
         lost += int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
     processes = [fork(rank, kills, folder, behind) for rank in range(RANKS)]
     fates += [os.waitpid(process, 0)[1] for process in processes]
-    there = sorted(path.name for path in (folder / "runs").iterdir())
+    there = sorted(path.name for path in (folder / "runs").iterdir() if path.name != ".lock")
     print(
         json.dumps(
             {

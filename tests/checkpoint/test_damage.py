@@ -75,6 +75,22 @@ def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool,
         assert second == "saved"
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(2, work.fail_to_remove, tmp_path)
+    assert not second[0]
+    assert "step-2 is complete, but" in first[0][0]
+    assert "Device or resource busy" in first[0][0]
+    for _, there, extra in (first, second):
+        assert there == [".lock", "latest", "step-2", "step-3"]
+        assert extra == {"step": 2}
+
+
+def test_two_trainings_do_not_save_in_one_folder_at_once(pool: Pool, tmp_path: Path) -> None:
+    for first, second in pool.run(2, work.save_beside_another, tmp_path):
+        assert f"another process is saving in {tmp_path}, expected a folder of this training's own" in first
+        assert second == "saved"
+
+
 def test_the_newest_are_kept_and_what_killed_saves_left_is_removed(pool: Pool, tmp_path: Path) -> None:
     for there in pool.run(2, work.keep_two, tmp_path):
         assert there == [

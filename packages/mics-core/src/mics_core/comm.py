@@ -107,12 +107,12 @@ class World:
             dist.broadcast(pass_on, group_src=0, group=self._control)
             flat.copy_(pass_on.view(flat.dtype).view(flat.shape))
 
-    def beside(self, name: str) -> World:
+    def beside(self, name: str, timeout: timedelta) -> World:
         """The same ranks, for another thread to talk to: what two threads say in one group gets mixed."""
         twin = copy.copy(self)
         if self.size > 1:
             _count_groups_alike(self._control)
-            twin._control = self._subgroup(self.ranks, name, "gloo")
+            twin._control = self._subgroup(self.ranks, name, "gloo", timeout)
         return twin
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
@@ -130,14 +130,16 @@ class World:
             return _DeviceGroup(seat, self._subgroup(ranks, name, "nccl"))
         return _HostGroup(seat, self._subgroup(ranks, name, "gloo"))
 
-    def _subgroup(self, ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
+    def _subgroup(
+        self, ranks: tuple[int, ...], name: str, backend: str, timeout: timedelta | None = None
+    ) -> ProcessGroup:
         """A process group for one purpose."""
         _forget_old_world()
         key = (self.ranks, ranks, name)
         if key not in _subgroups:
             _subgroups[key] = dist.new_group(
                 list(ranks),
-                timeout=_timeout[1] if _timeout[0] is dist.group.WORLD else _PATIENCE,
+                timeout=timeout or (_timeout[1] if _timeout[0] is dist.group.WORLD else _PATIENCE),
                 backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
                 use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
                 sort_ranks=False,

@@ -175,6 +175,19 @@ class AdamW(torch.optim.Optimizer):
                     }
         return super().state_dict()
 
+    def memory(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Where the moments are, by the number that `state_dict` gives a parameter: what is written there and passed to
+        `load_state_dict` is not copied.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        number_of = {id(parameter): number for number, parameter in enumerate(parameters)}
+        return {
+            number_of[id(parameter)]: {"exp_avg": state.exp_avg[begin:end], "exp_avg_sq": state.exp_avg_sq[begin:end]}
+            for reduced, state in self._states
+            for parameter, (begin, end) in zip(reduced.shards.parameters, reduced.shards.parts, strict=True)
+            if id(parameter) in number_of
+        }
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take in what `state_dict` gave on the same rank of the same sharding."""
@@ -184,14 +197,15 @@ class AdamW(torch.optim.Optimizer):
             state.groups = [groups.get(id(parameter)) for parameter in reduced.shards.parameters]
             state.runs = {}
             state.skipped, state.steps = None, [0] * len(state.steps)
-            state.exp_avg.zero_()
-            state.exp_avg_sq.zero_()
             for index, (begin, end) in enumerate(reduced.shards.parts):
-                loaded = self.state.get(reduced.shards.parameters[index])
-                if loaded:
-                    state.steps[index] = int(loaded["step"])
-                    state.exp_avg[begin:end] = loaded["exp_avg"]
-                    state.exp_avg_sq[begin:end] = loaded["exp_avg_sq"]
+                loaded = self.state.get(reduced.shards.parameters[index], {})
+                state.steps[index] = int(loaded.get("step", 0))
+                for key, flat in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+                    mine, value = flat[begin:end], loaded.get(key)
+                    if value is None:
+                        mine.zero_()
+                    elif value.data_ptr() != mine.data_ptr():
+                        mine.copy_(value)
         self.state.clear()  # they would be kept twice
 
 

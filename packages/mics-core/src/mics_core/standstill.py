@@ -8,6 +8,8 @@ import torch
 
 from mics_core.lanes import Ticket
 
+_MANY = 4096  # waits whose events are kept before the finished ones are added up
+
 
 class Standstill:
     """Waits of the computation, added up.
@@ -32,6 +34,9 @@ class Standstill:
             ticket.wait()
             end.record()
             self._recent.append((begin, end))
+            if len(self._recent) >= _MANY:
+                over = [pair for pair in self._recent if pair[1].query()]  # type: ignore[no-untyped-call]
+                self._add_up(over)
         else:
             begun = time.perf_counter()
             ticket.wait()
@@ -41,9 +46,13 @@ class Standstill:
         """The sum since `reset`. On a GPU the host waits for the last of them."""
         if self._recent:
             self._recent[-1][1].synchronize()
-            self._past += sum(begin.elapsed_time(end) for begin, end in self._recent) / 1000
-            self._recent.clear()
+            self._add_up(list(self._recent))
         return self._past
+
+    def _add_up(self, over: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        """Take in waits that are over, which are the first ones: the stream is a queue."""
+        self._past += sum(begin.elapsed_time(end) for begin, end in over) / 1000
+        del self._recent[: len(over)]
 
     def reset(self) -> None:
         """Count from zero."""

@@ -11,6 +11,12 @@ from mics_core.errors import ConfigError, LifecycleError
 
 T = TypeVar("T")
 
+_WRITABLE = (
+    "expected a disk with room that all ranks may write to: choose another path or make room; older checkpoints are as "
+    "they were"
+)
+_READABLE = "expected files that all ranks may read: give another path"
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -49,11 +55,9 @@ def _problem(caller: str, error: Exception) -> _Problem:
     text = str(error).replace("\n", " ")
     if isinstance(error, OSError):
         where = error.filename or "a file of the checkpoint"
-        text = (
-            f"{where}: {error.strerror}, expected a disk with room where all ranks may read and write: choose another "
-            "path or make room; older checkpoints are as they were"
+        return _Problem(
+            RuntimeError, f"{caller}: {where}: {error.strerror}, {_WRITABLE if caller == 'save' else _READABLE}"
         )
-        return _Problem(RuntimeError, f"{caller}: {text}")
     if type(error) is not RuntimeError:
         text = f"{caller}: {type(error).__name__}: {text}"
     return _Problem(RuntimeError, text)

@@ -17,8 +17,9 @@ import torch
 
 from mics_core.checkpoint.boxes import Box, boxes
 
-LARGEST = 1 << 24
-"""No more elements in one box. A reader that needs a part of a box reads the whole, so this bounds its memory."""
+LARGEST = 1 << 22
+"""No more elements in one box. A reader that needs a part of a box reads the whole, so this bounds its memory, and what
+ranks read in vain where the sharding is another one. A hundred billion parameters are 75,000 boxes."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ class Contents:
     """Alike on all ranks; rank 0 writes them."""
     objects: dict[Name, bytes]
     """Rank 0's, pickled."""
-    own: bytes
-    """Every rank's own state, pickled."""
     aliases: dict[str, Name]
     """Other names of tied weights, for the first one."""
+    numbers: frozenset[str]
+    """The optimizer's keys under which Python's numbers are, as tensors here."""
+    own: bytes = b""
+    """Every rank's own state, pickled."""
 
     def staged(self, piece: int, world: int) -> Contents:
         """The same with copies, in host memory, of what this rank is to write."""
@@ -114,7 +117,7 @@ class Contents:
 
 def own_name(rank: int) -> Name:
     """What a rank's own state is called."""
-    return Name(("rng", str(rank)))
+    return Name(("ranks", str(rank)))
 
 
 def pickled(value: Any) -> bytes:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from math import prod
 from pathlib import Path
 
 from mics_core.checkpoint.optimizer_state import GROUPS
 from mics_core.checkpoint.reading import Stored
-from mics_core.checkpoint.saving import EXTRA
 
 
 def describe(path: Path, *, verify: bool = False) -> str:
-    """A text of several lines: what wrote it, the tensors of the model, the optimizer, extra names, files."""
+    """A text of several lines: what wrote it, the tensors of the model, the optimizer, extra names, files.
+
+    Nothing that the checkpoint's author could have hidden in a pickle is run.
+    """
     stored = Stored(path)
     if verify:
         stored.verify(0, 1)
@@ -32,11 +35,21 @@ def describe(path: Path, *, verify: bool = False) -> str:
         lines.append(f"  {name.removeprefix('model.')}  {tuple(entry.size)}  {dtype}")
     if about["optimizer"]:
         lines.append(f"optimizer: {about['optimizer']}")
-        for number, group in enumerate(stored.read_object(GROUPS)):
-            named = ", ".join(f"{key} {value}" for key, value in group.items() if key != "params")
-            lines.append(f"  group {number}: {len(group['params'])} parameters, {named}")
-    lines.append(f"extra: {', '.join(stored.read_object(EXTRA)) or 'nothing'}")
+        lines += _groups(stored)
+    lines.append(f"extra: {', '.join(about['extra']) or 'nothing'}")
     files = stored.manifest.files
     checked = "lengths and checksums are right" if verify else "lengths are right; --verify compares checksums"
     lines.append(f"files: {len(files)}, {sum(entry.bytes for entry in files.values()):,} bytes; {checked}")
     return "\n".join(lines)
+
+
+def _groups(stored: Stored) -> list[str]:
+    try:
+        groups = stored.read_object(GROUPS, plain=True)
+    except pickle.UnpicklingError:
+        return ["  its settings hold objects, and only mics.load runs the code that makes such"]
+    return [
+        f"  group {number}: {len(group['params'])} parameters, "
+        + ", ".join(f"{key} {value}" for key, value in group.items() if key != "params")
+        for number, group in enumerate(groups)
+    ]

@@ -4,14 +4,19 @@
     runs/latest              the name of the newest one
     runs/.step-200.saving    being written, or left behind by a save that was killed
     runs/.step-100.replaced  an older one of this name, until the new one is in its place
+    runs/.lock               locked by the process that is saving here
 
 A folder of checkpoints belongs to one training run at a time: each save removes what killed ones left there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,8 @@ from mics_core.checkpoint.manifest import MANIFEST, Manifest
 from mics_core.errors import ConfigError
 
 LATEST = "latest"
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,30 @@ class Place:
         """Where an older one of this name waits for its end."""
         return self.path.parent / f".{self.path.name}.replaced"
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from saving here meanwhile; one that is killed claims nothing any more."""
+        folder = self.path.parent
+        _make_durably(folder)
+        with (folder / _LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"save: another process is saving in {folder}, expected a folder of this training's own: choose "
+                    "another path"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:  # some network disks lock nothing: there the rule above must do
+                    raise
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+
     def prepare(self) -> None:
         """Remove what killed saves left, and make an empty directory to write to."""
         folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not (self.path / MANIFEST).is_file():
             raise ConfigError(f"save: {self.path} exists and is no checkpoint, expected a new name: choose another")
         for old in list(folder.glob(".*.replaced")):
@@ -75,24 +102,26 @@ class Place:
         _sync_directory(self.path.parent)
         (self.path / LATEST).replace(self.path.parent / LATEST)
         _sync_directory(self.path.parent)
+
+    def tidy(self, keep: int | None) -> None:
+        """Remove what this checkpoint replaced, and all but so many of the newest here."""
         if self.replaced.exists():
             shutil.rmtree(self.replaced)
+        siblings = sorted(_siblings(self.path.parent))
+        for _, name in siblings[: 0 if keep is None else max(0, len(siblings) - keep)]:
+            going = self.path.parent / f".{name}.saving"  # no checkpoint from here on, whenever we are killed
+            (self.path.parent / name).rename(going)
+            shutil.rmtree(going)
 
     def abandon(self) -> None:
         """The save has failed: give its space back, as far as that goes now; the next save does the rest."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def keep(self, count: int) -> None:
-        """Remove all but the newest of the checkpoints here."""
-        siblings = sorted(_siblings(self.path.parent))
-        for _, name in siblings[: max(0, len(siblings) - count)]:
-            going = self.path.parent / f".{name}.saving"  # no checkpoint from here on, whenever we are killed
-            (self.path.parent / name).rename(going)
-            shutil.rmtree(going)
-
 
 def find(path: Path) -> Path:
-    """The directory of a checkpoint, given itself or a folder whose `latest` names one."""
+    """The directory of a checkpoint, given itself, a folder whose `latest` names one, or that file."""
+    if path.name == LATEST and path.is_file():
+        path = path.parent
     pointer = path / LATEST
     if not (path / MANIFEST).is_file() and pointer.is_file():
         name = pointer.read_text(errors="replace").strip()
@@ -128,6 +157,14 @@ def _siblings(folder: Path) -> list[tuple[int, str]]:
         except RuntimeError:  # damaged; loading it says so
             continue
     return found
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a directory and those above it, so that they are there after the power fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

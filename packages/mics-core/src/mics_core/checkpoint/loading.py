@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
-from mics_core.checkpoint.contents import Cut, own_name
+from mics_core.checkpoint.contents import Cut, Name, own_name
 from mics_core.checkpoint.optimizer_state import Wanted
+from mics_core.checkpoint.random_numbers import restore
 from mics_core.checkpoint.reading import Stored
-from mics_core.checkpoint.saving import EXTRA, wait_for_saves
+from mics_core.checkpoint.saving import EXTRA, patient, wait_for_saves
 from mics_core.errors import ConfigError
 from mics_core.runtime import Runtime
 
@@ -28,19 +29,26 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
 
     `path` is a checkpoint's directory, or a folder whose `latest` names one. Weights, buffers, the optimizer's state
     and settings (the learning rate, too) and the loss scale become those of the checkpoint; gradients are dropped. With
-    as many ranks as wrote it, torch's random numbers continue on each rank, and with the same sharding the next losses
-    are those of a run that never stopped, bit for bit. With another number of ranks random numbers are left alone.
+    as many ranks as wrote it, random numbers (torch's, Python's and numpy's) continue on each rank, and so do buffers
+    that differ between ranks, and with the same sharding the next losses are those of a run that never stopped, bit for
+    bit. With another number of ranks random numbers are left alone, and buffers become those of rank 0.
     Without an optimizer (None) only the model is loaded.
 
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
-    leaves out the checksums, so that every byte is read once. Load only what you trust: it holds pickles.
+    leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
+    the model. What is read goes to where it is used: no rank needs memory for more than its own state and a few boxes.
+    Load only what you trust: it holds pickles.
     """
     runtime = registry.runtime_of(model, "load")
-    runtime.rest("load")
-    wait_for_saves()
-    runtime.wait()
-    world = runtime.world
-    stored = together(world, "load", lambda: Stored(Path(path)))
+    world = patient(runtime.world)
+
+    def look() -> Stored:
+        runtime.rest("load")
+        wait_for_saves()
+        runtime.wait()
+        return Stored(Path(path))
+
+    stored = together(world, "load", look)
     versions = exchange(world, "load", lambda: zlib.crc32(stored.manifest.render()))
     odd = [rank for rank, version in enumerate(versions) if version != versions[0]]
     if odd:
@@ -48,8 +56,7 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size))
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored))
-    # Weights come last: until here an error leaves everything as it was.
-    together(world, "load", job.read_model)
+    together(world, "load", job.read)
     together(world, "load", job.finish)
     return job.extra
 
@@ -62,48 +69,45 @@ class _Job:
         self._optimizer = optimizer
         self._stored = stored
         self._weights = model_state.weights(runtime)
-        self._buffers = model_state.buffers(model)
+        self._buffers = model_state.buffers(model, "load")
         _check_model(self._weights, self._buffers, model_state.aliases(model), stored)
         about = stored.manifest.about
         self.extra: dict[str, Any] = stored.read_object(EXTRA)
         self._scale: dict[str, float] | None = about["loss_scale"]
-        self._random = stored.read_object(own_name(runtime.world.rank)) if about["ranks"] == runtime.world.size else {}
-        self._state: dict[str, Any] | None = None
+        self._own: dict[str, Any] = {"random": {}, "buffers": {}}
+        if about["ranks"] == runtime.world.size:
+            self._own = stored.read_object(own_name(runtime.world.rank))
+        self._settings: list[dict[str, Any]] = []
+        self._wanted = Wanted({}, (), {})
         if optimizer is not None:
-            self._state = self._read_optimizer(optimizer)
+            groups = stored.read_object(optimizer_state.GROUPS)
+            optimizer_state.check(runtime, optimizer, about["optimizer"], groups)
+            dtypes = {name: entry.properties.dtype for name, entry in stored.tensors.items()}
+            self._settings = optimizer_state.settings(runtime, optimizer, groups)
+            self._wanted = optimizer_state.wanted(
+                runtime, optimizer, self._weights, dtypes, set(about["single_numbers"])
+            )
 
-    def _read_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
-        about, stored, runtime = self._stored.manifest.about, self._stored, self._runtime
-        groups = stored.read_object(optimizer_state.GROUPS)
-        optimizer_state.check(runtime, optimizer, about["optimizer"], groups)
-        dtypes = {name: entry.properties.dtype for name, entry in stored.tensors.items()}
-        called = optimizer_state.names(runtime, optimizer)
-        settings = optimizer_state.settings(runtime, optimizer, groups)
-        wanted: Wanted = optimizer_state.wanted(self._weights, called, dtypes, set(about["single_numbers"]))
-        stored.read(wanted.cuts, wanted.wholes)
-        return {"state": wanted.state, "param_groups": settings}
-
-    def read_model(self) -> None:
-        """Overwrite the masters and the buffers."""
+    def read(self) -> None:
+        """Overwrite the masters, the buffers and the optimizer's state."""
         buffers = {f"model.{name}": buffer for name, buffer in self._buffers.items()}
-        self._stored.read(self._weights.values(), buffers)
+        self._stored.read([*self._weights.values(), *self._wanted.cuts], buffers | self._wanted.wholes)
+        for name, value in self._own["buffers"].items():
+            self._buffers[name].copy_(value)
 
     def finish(self) -> None:
-        """Bring the weights to where they are used, and overwrite all other state."""
+        """Bring the weights to where they are used, and let everything go on from there."""
         self._runtime.loaded()
         if self._optimizer is not None:
-            assert self._state is not None
-            self._optimizer.load_state_dict(self._state)
+            numbers = set(self._stored.manifest.about["python_numbers"])
+            self._optimizer.load_state_dict(self._wanted.state_dict(self._settings, numbers))
         if self._runtime.conductor.scaling is not None and self._scale is not None:
             self._runtime.conductor.scaling.restore(self._scale)
-        if "cpu" in self._random:
-            torch.set_rng_state(self._random["cpu"])
-        if "cuda" in self._random and self._runtime.world.device.type == "cuda":
-            torch.cuda.set_rng_state(self._random["cuda"], self._runtime.world.device)
+        restore(self._own["random"], self._runtime.world.device)
 
 
 def _check_model(
-    weights: Mapping[str, Cut], buffers: Mapping[str, torch.Tensor], aliases: Mapping[str, Any], stored: Stored
+    weights: Mapping[str, Cut], buffers: Mapping[str, torch.Tensor], aliases: Mapping[str, Name], stored: Stored
 ) -> None:
     """Raise unless the checkpoint's model has the same names and shapes."""
     mine = {f"model.{name}": cut.shape for name, cut in weights.items()}
@@ -117,6 +121,12 @@ def _check_model(
             raise ConfigError(
                 f"load: {name} has the shape {theirs[full]} in {stored.path}, expected {shape}: it is a checkpoint of "
                 "another model"
+            )
+    for copy, original in aliases.items():
+        if not stored.tied(copy, str(original)):
+            raise ConfigError(
+                f"load: {copy.removeprefix('model.')} and {str(original).removeprefix('model.')} are one parameter "
+                f"here and two in {stored.path}: load into a model that does not tie them"
             )
     for full in theirs:
         if full not in mine and full not in aliases:

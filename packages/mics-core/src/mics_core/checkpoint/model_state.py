@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.errors import ConfigError
+from mics_core.fingerprint import fingerprint
 from mics_core.runtime import Runtime
 
 
@@ -40,16 +43,28 @@ def aliases(model: nn.Module) -> dict[str, Name]:
     return {f"model.{other}": Name(("model", first)) for first, *others in names.values() for other in others}
 
 
-def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def buffers(model: nn.Module, caller: str) -> dict[str, torch.Tensor]:
     """The buffers that belong to the model's state dict, each under all of its names."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ConfigError(
-                f"save: {path or 'the model'} ({type(module).__name__}) has a get_extra_state(), which checkpoints do "
-                "not hold: pass what it gives to mics.save by a name of its own"
+                f"{caller}: {path or 'the model'} ({type(module).__name__}) has a get_extra_state(), which checkpoints "
+                "do not hold: pass what it gives to mics.save by a name of its own"
             )
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{path}.{name}" if path else name] = buffer
+                full = f"{path}.{name}" if path else name
+                if any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+                    raise ConfigError(
+                        f"{caller}: the buffer {full} is expanded, its elements share memory, expected one that can be "
+                        "overwritten: register expanded.contiguous()"
+                    )
+                found[full] = buffer
     return found
+
+
+def hash_of(found: Mapping[str, torch.Tensor]) -> bytes:
+    """By which ranks find out whether their buffers are alike."""
+    numbers = [fingerprint(buffer).tolist() for buffer in found.values()]
+    return hashlib.sha256(repr(numbers).encode()).digest()

@@ -1,7 +1,7 @@
 """An optimizer's state by the names of the parameters, whatever the optimizer, through its own state dict.
 
     optimizer.state.NAME.exp_avg     of the parameter's shape, cut as the parameter is
-    optimizer.state.NAME.step        one number for the whole parameter
+    optimizer.state.NAME.step        one number for the whole parameter, a tensor or Python's
     optimizer.param_groups           a list of settings, each with the names of its parameters
 
 These are the names that torch's own checkpoints of optimizers have.
@@ -31,6 +31,8 @@ class Saved:
 
     cuts: tuple[Cut, ...]
     wholes: dict[Name, torch.Tensor]
+    numbers: frozenset[str]
+    """The keys under which Python's numbers are, among the wholes."""
     groups: list[dict[str, Any]]
 
 
@@ -57,12 +59,16 @@ def collect(runtime: Runtime, optimizer: Optimizer, weights: Mapping[str, Cut]) 
     packed = optimizer.state_dict()
     cuts: list[Cut] = []
     wholes: dict[Name, torch.Tensor] = {}
+    numbers = set()
     for number, name in enumerate(called):
         weight = weights[name]
         for key, value in packed["state"].get(number, {}).items():
             full = state_name(name, key)
             if isinstance(value, torch.Tensor) and value.dim() == 0:
                 wholes[full] = value
+            elif isinstance(value, (bool, int, float)):
+                wholes[full] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+                numbers.add(key)
             elif isinstance(value, torch.Tensor) and value.shape == weight.local.shape:
                 cuts.append(replace(weight, name=full, local=value))
             else:
@@ -72,10 +78,10 @@ def collect(runtime: Runtime, optimizer: Optimizer, weights: Mapping[str, Cut]) 
                     f"{tuple(weight.local.shape)} or (): use an optimizer that works element by element"
                 )
     groups = [
-        {**_without_names(group), "params": [called[number] for number in group["params"]]}
+        {**_settings(group), "params": [called[number] for number in group["params"]]}
         for group in packed["param_groups"]
     ]
-    return Saved(tuple(cuts), wholes, groups)
+    return Saved(tuple(cuts), wholes, frozenset(numbers), groups)
 
 
 def state_name(parameter: str, key: str) -> Name:
@@ -106,19 +112,19 @@ def settings(runtime: Runtime, optimizer: Optimizer, groups: list[dict[str, Any]
     for group in optimizer.param_groups:
         members = [next(called) for _ in group["params"]]
         for name in members:
-            if _without_names(had[name]) != _without_names(had[members[0]]):
+            if _settings(had[name]) != _settings(had[members[0]]):
                 raise ConfigError(
                     f"load: {members[0]} and {name} are in one group of this {type(optimizer).__name__}, and had "
                     "different settings when saved: make the same groups"
                 )
-        taken = _without_names(had[members[0]]) if members else {}
+        taken = _settings(had[members[0]]) if members else {}
         if isinstance(optimizer, AdamW) and (taken.get("amsgrad") or taken.get("maximize")):
             raise ConfigError(
                 "load: the checkpoint's AdamW has amsgrad or maximize, which mics.AdamW has not: use torch.optim.AdamW"
             )
         numbers = list(range(number, number + len(members)))
         number += len(members)
-        result.append({**_without_names(group), **taken, "params": numbers})
+        result.append({**group, **taken, "params": numbers})
     return result
 
 
@@ -126,24 +132,44 @@ def settings(runtime: Runtime, optimizer: Optimizer, groups: list[dict[str, Any]
 class Wanted:
     """Memory to read an optimizer's state into: by the number of the parameter and the key, and sorted as it lies."""
 
-    state: dict[int, dict[str, torch.Tensor]]
+    state: dict[int, dict[str, Any]]
     cuts: tuple[Cut, ...]
     wholes: dict[str, torch.Tensor]
 
+    def state_dict(self, groups: list[dict[str, Any]], numbers: set[str]) -> dict[str, Any]:
+        """What has been read, as the optimizer takes it; `numbers` are the keys of what was Python's."""
+        state = {
+            number: {key: value.item() if key in numbers else value for key, value in entry.items()}
+            for number, entry in self.state.items()
+        }
+        return {"state": state, "param_groups": groups}
+
 
 def wanted(
-    weights: Mapping[str, Cut], called: list[str], stored: Mapping[str, torch.dtype], scalars: set[str]
+    runtime: Runtime,
+    optimizer: Optimizer,
+    weights: Mapping[str, Cut],
+    stored: Mapping[str, torch.dtype],
+    scalars: set[str],
 ) -> Wanted:
-    """Memory for what is stored, given the dtype of each stored tensor and which keys are single numbers."""
-    numbers = {name: number for number, name in enumerate(called)}
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    """Memory for what is stored, given the dtype of each stored tensor and which keys are single numbers.
+
+    It is the optimizer's own where that fits, so that moments are not in memory twice.
+    """
+    numbers = {name: number for number, name in enumerate(names(runtime, optimizer))}
+    own = optimizer.memory() if isinstance(optimizer, AdamW) else optimizer.state_dict()["state"]
+    state: dict[int, dict[str, Any]] = {}
     cuts: list[Cut] = []
     wholes: dict[str, torch.Tensor] = {}
     for full, dtype in stored.items():
         if full.startswith(_STATE):
             name, _, key = full.removeprefix(_STATE).rpartition(".")
             weight = weights[name]
-            local = torch.empty(() if key in scalars else weight.local.shape, dtype=dtype)
+            local = own.get(numbers[name], {}).get(key)
+            if key in scalars:
+                local = torch.empty((), dtype=dtype)
+            elif not isinstance(local, torch.Tensor) or (local.shape, local.dtype) != (weight.local.shape, dtype):
+                local = torch.empty_like(weight.local, dtype=dtype)
             state.setdefault(numbers[name], {})[key] = local
             if key in scalars:
                 wholes[full] = local
@@ -152,5 +178,6 @@ def wanted(
     return Wanted(state, tuple(cuts), wholes)
 
 
-def _without_names(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group without the parameters, and without the names that torch keeps of those that came with names."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import pickle
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,10 @@ class Stored:
         self.path = find(path)
         self.manifest = Manifest.read(self.path)
         self._check(INDEX, "which says where all parameters lie", checksum=True)
-        self._reader = FileSystemReader(self.path)
+        self._reader = _Reader(self.path)
         self.metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self.metadata, True)
+        self._places: dict[str, set[tuple[str, int]]] | None = None
         for name in self.manifest.files:
             self._check(name, self._holds(name), checksum=False)
 
@@ -50,15 +53,21 @@ class Stored:
         for name in sorted(self.manifest.files)[share::shares]:
             self._check(name, self._holds(name), checksum=True)
 
-    def read_object(self, name: Name) -> Any:
-        """Something that was pickled; None if there is none."""
+    def tied(self, name: str, other: str) -> bool:
+        """Whether these are two names of the same bytes."""
+        return self._bytes_of(name) == self._bytes_of(other)
+
+    def read_object(self, name: Name, *, plain: bool = False) -> Any:
+        """Something that was pickled; None if there is none. If it should be plain, nothing but tensors, numbers, texts
+        and collections of them is made, and what holds anything else raises a pickle.UnpicklingError.
+        """
         if not isinstance(self.metadata.state_dict_metadata.get(str(name)), BytesStorageMetadata):
             return None
         index = MetadataIndex(str(name))
         empty = torch.Size([0])
-        objects: dict[str, Any] = {}
+        objects: dict[str, io.BytesIO] = {}
         self._read([ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)], {}, objects)
-        return objects[str(name)]
+        return torch.load(objects[str(name)], map_location="cpu", weights_only=plain)
 
     def read(self, cuts: Iterable[Cut], wholes: Mapping[str, torch.Tensor]) -> None:
         """Fill what this rank holds of these tensors."""
@@ -87,10 +96,17 @@ class Stored:
         return create_read_items_for_chunk_list(name, self.tensors[name], chunks)
 
     def _read(
-        self, items: Sequence[ReadItem], memory: Mapping[MetadataIndex, torch.Tensor], objects: dict[str, Any]
+        self, items: Sequence[ReadItem], memory: Mapping[MetadataIndex, torch.Tensor], objects: dict[str, io.BytesIO]
     ) -> None:
         with torch.no_grad():
             self._reader.read_data(LoadPlan(list(items)), _Planner(memory, objects)).wait()
+
+    def _bytes_of(self, name: str) -> set[tuple[str, int]]:
+        if self._places is None:
+            self._places = defaultdict(set)
+            for index, at in self.metadata.storage_data.items():
+                self._places[index.fqn].add((at.relative_path, at.offset))
+        return self._places[name]
 
     def _holds(self, file: str) -> str:
         places = self.metadata.storage_data
@@ -115,7 +131,7 @@ class Stored:
 class _Planner(DefaultLoadPlanner):
     """Tells the reader where things go."""
 
-    def __init__(self, memory: Mapping[MetadataIndex, torch.Tensor], objects: dict[str, Any]) -> None:
+    def __init__(self, memory: Mapping[MetadataIndex, torch.Tensor], objects: dict[str, io.BytesIO]) -> None:
         super().__init__()
         self._memory = memory
         self._objects = objects
@@ -124,4 +140,27 @@ class _Planner(DefaultLoadPlanner):
         return self._memory[index]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self._objects[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=False)
+        self._objects[read_item.dest_index.fqn] = value
+
+
+class _Reader(FileSystemReader):
+    """Reads the index, which is a pickle, without running what one could hide in it."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / INDEX).open("rb") as file:
+            metadata: Metadata = _Index(file).load()
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The classes of an index, dtypes and shapes; nothing else."""
+        found = super().find_class(module, name)
+        of_torch = module == "torch" and (found is torch.Size or isinstance(found, torch.dtype))
+        of_index = module.startswith("torch.distributed.checkpoint.") and isinstance(found, type)
+        of_paths = module.startswith("pathlib") and isinstance(found, type)
+        if of_torch or of_index or of_paths or (module, name) == ("torch.serialization", "_get_layout"):
+            return found
+        raise pickle.UnpicklingError(f"the index holds {module}.{name}, which no index holds")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import threading
-from dataclasses import asdict, dataclass
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,15 @@ from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Contents, Name, pickled
 from mics_core.checkpoint.folder import Place
 from mics_core.checkpoint.manifest import Manifest
-from mics_core.checkpoint.writing import INDEX, write, write_index
+from mics_core.checkpoint.random_numbers import random_state
+from mics_core.checkpoint.writing import INDEX, Written, write, write_index
 from mics_core.comm import World
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.runtime import Runtime
 from mics_core.topology import Rungs
 
 EXTRA = Name(("extra",))
+_PATIENCE = timedelta(hours=2)  # for a slow disk: what the ranks of a training step wait for is never that late
 
 
 class Saving:
@@ -50,6 +55,8 @@ class Saving:
 
     def _work(self, job: _Job, world: World) -> None:
         try:
+            if world.device.type == "cuda":
+                torch.cuda.set_device(world.device)  # which each thread has of its own
             job.run(world)
         except Exception as error:  # handed to whoever waits, and the next save does
             self._error = error
@@ -85,26 +92,28 @@ def save(
     checkpoint that was there is replaced. It appears when it is complete, and then the file `latest` beside it names
     it: who is killed at any moment can load the one before. Ranks that hold the same bytes share the writing.
 
-    It holds the master weights, frozen parameters and persistent buffers (rank 0's), the optimizer's state, the float16
-    loss scale, the state of torch's random numbers on every rank, and `extra`: what can be pickled, such as
-    `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds no gradients, so call it after the step.
+    It holds the master weights, frozen parameters and persistent buffers (each rank's, where they differ), the
+    optimizer's state, the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank,
+    and `extra`: what can be pickled, such as `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds
+    no gradients, so call it after the step.
 
     background: copy what this rank writes to host memory, and return while a thread writes it. The next save waits for
         it, and so does the end of the process. A failure is raised by the next save, or by `wait()` of what this
         returns: call it at the end, because a process that ends can only print it.
-    keep: remove all but so many of the newest checkpoints beside this one, once it is complete.
+    keep: remove all but so many of the newest checkpoints beside this one, once it is complete. What cannot be removed
+        is a warning: the new checkpoint is there.
 
     Other tools read it as a torch.distributed.checkpoint: `python -m torch.distributed.checkpoint.format_utils
     dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
     """
     runtime = registry.runtime_of(model, "save")
-    runtime.rest("save")
-    wait_for_saves()
-    runtime.wait()
-    world, rungs = runtime.world, runtime.ladder.rungs
+    world, rungs = patient(runtime.world), runtime.ladder.rungs
     contents: list[Contents] = []
 
-    def collect() -> tuple[str, int | None, bool]:
+    def collect() -> tuple[tuple[str, int | None, bool], bytes]:
+        runtime.rest("save")
+        wait_for_saves()
+        runtime.wait()
         place = Place(Path(path).absolute())
         if keep is not None and keep < 1:
             raise ConfigError(f"save: keep is {keep}, expected at least 1: the new checkpoint counts")
@@ -113,27 +122,36 @@ def save(
         if background:
             found = found.staged(rungs.piece(world.rank, world.size), world.size)
         contents.append(found)
-        return str(place.path), keep, background
+        return (str(place.path), keep, background), model_state.hash_of(model_state.buffers(model, "save"))
 
-    requests = exchange(world, "save", collect)
+    answers = exchange(world, "save", collect)
+    requests = [request for request, _ in answers]
     if any(request != requests[0] for request in requests):
         odd = next(rank for rank, request in enumerate(requests) if request != requests[0])
         raise ConfigError(
             f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
             "everywhere"
         )
-    place = Place(Path(path).absolute())
-    together(world, "save", lambda: place.prepare() if world.rank == 0 else None)
-    job = _Job(place, contents[0], rungs, world.rank, keep, _about(runtime, optimizer, contents[0]))
-    saving = Saving(job, world.beside("checkpoint") if background else world, background=background)
+    own = {"random": random_state(runtime.world.device), "buffers": {}}
+    if len({hashed for _, hashed in answers}) > 1:
+        own["buffers"] = model_state.buffers(model, "save")
+    about = _about(runtime, optimizer, contents[0], sorted(extra))
+    job = _Job(Place(Path(path).absolute()), replace(contents[0], own=pickled(own)), rungs, world.rank, keep, about)
+    together(world, "save", job.prepare)
+    saving = Saving(job, world, background=background)
     if background:
         _under_way.append(saving)
     return saving
 
 
+def patient(world: World) -> World:
+    """The same ranks, which wait for each other as long as a slow disk may take."""
+    return world.beside("checkpoint", _PATIENCE)
+
+
 @dataclass(frozen=True)
 class _Job:
-    """What is left to do when all is collected."""
+    """What is left to do when all is collected. Rank 0 claims the folder from `prepare` to the end of `run`."""
 
     place: Place
     contents: Contents
@@ -141,25 +159,46 @@ class _Job:
     rank: int
     keep: int | None
     about: dict[str, Any]
+    claim: ExitStack = field(default_factory=ExitStack)
+
+    def prepare(self) -> None:
+        """Make room for what will be written."""
+        if self.rank == 0:
+            self.claim.enter_context(self.place.claimed())
+            try:
+                self.place.prepare()
+            except BaseException:
+                self.claim.close()
+                raise
 
     def run(self, world: World) -> None:
         """Write, and publish when all ranks have."""
-        results: list[Any] = []
+        with self.claim:
+            self._write_and_publish(world)
+            if self.rank == 0:  # no rank waits for what is removed
+                try:
+                    self.place.tidy(self.keep)
+                except OSError as error:
+                    warnings.warn(
+                        f"save: {self.place.path} is complete, but {error.filename} could not be removed: "
+                        f"{error.strerror}; the next save tries again",
+                        RuntimeWarning,
+                        stacklevel=1,
+                    )
 
-        def write_mine() -> Any:
-            written, mine = write(self.place.temporary, self.contents, self.rank, self.rungs)
-            results.extend(mine)
-            return written
+    def _write_and_publish(self, world: World) -> None:
+        def write_mine() -> Written:
+            return write(self.place.temporary, self.contents, self.rank, self.rungs)
 
         try:
             written = exchange(world, "save", write_mine)
-            together(world, "save", lambda: self._publish(written, results) if self.rank == 0 else None)
+            together(world, "save", lambda: self._publish(written) if self.rank == 0 else None)
         except Exception:
             if self.rank == 0:
                 self.place.abandon()
             raise
 
-    def _publish(self, written: list[Any], results: list[Any]) -> None:
+    def _publish(self, written: list[Written]) -> None:
         files = {each.name: each.entry for each in written}
         for name, entry in files.items():
             file = self.place.temporary / name
@@ -168,10 +207,8 @@ class _Job:
                     f"save: {file} is not what its rank has written, expected all ranks to share the disk: choose a "
                     "path that they share"
                 )
-        files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written, results)
+        files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written)
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
-        if self.keep is not None:
-            self.place.keep(self.keep)
 
 
 def _check_gradients(runtime: Runtime) -> None:
@@ -186,26 +223,19 @@ def _check_gradients(runtime: Runtime) -> None:
 def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, extra: dict[str, Any]) -> Contents:
     weights = model_state.weights(runtime)
     cuts = list(weights.values())
-    wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model).items()}
+    wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model, "save").items()}
     objects = {EXTRA: pickled(extra)}
+    numbers: frozenset[str] = frozenset()
     if optimizer is not None:
         state = optimizer_state.collect(runtime, optimizer, weights)
         cuts += state.cuts
         wholes |= state.wholes
+        numbers = state.numbers
         objects[optimizer_state.GROUPS] = pickled(state.groups)
-    own = pickled(random_state(runtime.world.device))
-    return Contents(tuple(cuts), wholes, objects, own, model_state.aliases(model))
+    return Contents(tuple(cuts), wholes, objects, model_state.aliases(model), numbers)
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of torch's generators on this rank."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents) -> dict[str, Any]:
+def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents, extra: list[str]) -> dict[str, Any]:
     precision, scaling = runtime.precision, runtime.conductor.scaling
     return {
         "ranks": runtime.world.size,
@@ -215,5 +245,7 @@ def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents) ->
         "loss_scale": None if scaling is None else scaling.state(),
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "single_numbers": sorted({name.keys[-1] for name in contents.wholes if name.keys[0] == "optimizer"}),
+        "python_numbers": sorted(contents.numbers),
+        "extra": extra,
         "torch": str(torch.__version__),
     }

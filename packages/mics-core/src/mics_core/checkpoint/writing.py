@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import pickle
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -14,14 +15,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
 from mics_core.checkpoint.boxes import Box
 from mics_core.checkpoint.contents import Contents, Cut, Name, own_name
+from mics_core.checkpoint.folder import write_durably
 from mics_core.checkpoint.manifest import Entry, measure
 from mics_core.topology import Rungs
 
@@ -38,7 +47,7 @@ class Written:
     """Offset and length of each item, in the order of the plan: few bytes, because all ranks hear them."""
 
 
-def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> tuple[Written, list[WriteResult]]:
+def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> Written:
     """Write this rank's part and bring it to the disk."""
     world = rungs.topology.world
     data: dict[MetadataIndex, torch.Tensor | bytes] = {}
@@ -58,36 +67,47 @@ def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> tuple[Wr
     ordered = [results[item.index] for item in items]
     spans = array("q", [number for r in ordered for number in (r.storage_data.offset, r.storage_data.length)])
     name, entry = files.only()
-    return Written(name, entry, spans.tobytes()), ordered
+    return Written(name, entry, spans.tobytes())
 
 
-def write_index(
-    folder: Path, contents: Contents, rungs: Rungs, written: list[Written], results: list[WriteResult]
-) -> Entry:
-    """Write, on rank 0, where everything lies, given all ranks' files and rank 0's results."""
+def write_index(folder: Path, contents: Contents, rungs: Rungs, written: list[Written]) -> Entry:
+    """Write, on rank 0, where everything lies, given all ranks' files."""
     world = rungs.topology.world
     rank_of = {rungs.piece(rank, world): rank for rank in range(world)}
-    plans: list[list[WriteItem]] = [[] for _ in range(world)]
+    spans = [_pairs(file.spans) for file in written]  # in the order in which each rank wrote
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    entries: dict[str, STORAGE_TYPES] = {}
+
+    def place(index: MetadataIndex, rank: int) -> None:
+        places[index] = _StorageInfo(written[rank].name, *next(spans[rank]))
+
     for cut in contents.cuts:
+        chunks = []
         for piece in cut.pieces(world):
-            plans[rank_of[piece]] += [_cut_item(cut, box) for box in cut.boxes(piece, world)]
-    for rank, plan in enumerate(plans):
-        plan += [item for item, _ in _rest(contents, rank)]
-    _, metadata = create_default_global_save_plan([SavePlan(plan) for plan in plans])
-    everything = [
-        WriteResult(item.index, size, replace(results[0].storage_data, relative_path=file.name, offset=at, length=size))
-        for plan, file in zip(plans, written, strict=True)
-        for item, (at, size) in zip(plan, _pairs(file.spans), strict=True)
-    ]
-    metadata.planner_data = {str(name): name.keys for name in _names(contents, world)}
-    by_name: dict[str, list[WriteResult]] = {}
-    for result in everything:
-        by_name.setdefault(result.index.fqn, []).append(result)
+            for box in cut.boxes(piece, world):
+                chunks.append(_chunk(box))
+                place(MetadataIndex(str(cut.name), chunks[-1].offsets), rank_of[piece])
+        entries[str(cut.name)] = TensorStorageMetadata(TensorProperties(cut.local.dtype), torch.Size(cut.shape), chunks)
+    for rank in range(world):
+        for item, _ in _rest(contents, rank):
+            told = item.tensor_data
+            entries[item.index.fqn] = (
+                BytesStorageMetadata()
+                if told is None
+                else TensorStorageMetadata(told.properties, told.size, [told.chunk])
+            )
+            place(item.index, rank)
+    keys: dict[str, tuple[str | int, ...]] = {str(name): name.keys for name in _names(contents, world)}
+    of_first: dict[str, list[MetadataIndex]] = {str(first): [] for first in contents.aliases.values()}
+    for index in places:
+        if index.fqn in of_first:
+            of_first[index.fqn].append(index)
     for other, first in contents.aliases.items():  # the same bytes under another name
-        metadata.state_dict_metadata[other] = metadata.state_dict_metadata[str(first)]
-        metadata.planner_data[other] = ("model", other.removeprefix("model."))
-        everything += [replace(result, index=replace(result.index, fqn=other)) for result in by_name[str(first)]]
-    FileSystemWriter(folder).finish(metadata, [everything])
+        entries[other] = entries[str(first)]
+        keys[other] = ("model", other.removeprefix("model."))
+        places |= {replace(index, fqn=other): places[index] for index in of_first[str(first)]}
+    about = FileSystemWriter(folder).storage_meta()
+    write_durably(folder / INDEX, pickle.dumps(Metadata(entries, keys, places, about)))
     return measure(folder / INDEX)
 
 
@@ -133,9 +153,13 @@ def _cut_item(cut: Cut, box: Box) -> WriteItem:
 
 
 def _tensor_item(name: Name, box: Box, shape: tuple[int, ...], dtype: torch.dtype) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+    chunk = _chunk(box)
     data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(shape))
     return WriteItem(MetadataIndex(str(name), chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
 
 
 def _pairs(spans: bytes) -> Iterator[tuple[int, int]]:
