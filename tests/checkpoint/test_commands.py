@@ -58,6 +58,106 @@ def test_exported_files_are_the_plain_state_dict(
     Model().load_state_dict(found)
 
 
+@pytest.mark.parametrize("source", ["one.safetensors", "parts", "state.pt"])
+def test_what_is_exported_can_be_loaded(runs: Path, tmp_path: Path, source: str) -> None:
+    out = tmp_path / "new" / ("model.safetensors" if source == "parts" else source)
+    assert main(["export", str(runs), str(out), *(["--shard-bytes", "300"] if source == "parts" else [])]) == 0
+    expected = mics.shard(Model(), mics.Sharding.ddp(), precision=mics.Precision.bf16())
+    mics.load(runs, expected, None)
+    model = mics.shard(Model(), mics.Sharding.ddp(), precision=mics.Precision.bf16())
+    mics.load_weights(out.parent if source == "parts" else out, model)
+    with mics.full_params(expected), mics.full_params(model):
+        wanted = expected.state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, wanted[name]), name
+        if source == "state.pt":
+            state = torch.load(out, weights_only=True)
+            assert {name: value.tolist() for name, value in state.items()} == {
+                name: value.tolist() for name, value in wanted.items()
+            }
+
+
+class Plugin:
+    """An entry point that names tensors in capitals, turns matrices and writes a file."""
+
+    name = "loud"
+
+    def load(self) -> object:
+        def naming(extra: dict[str, object]) -> tuple[object, dict[str, str]]:
+            if "sampler" not in extra:
+                raise ValueError("loud: no sampler")
+            return rename, {"extra.txt": str(extra)}
+
+        def rename(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            if tensor.shape == (6, 6):  # two of one
+                return {f"{name.upper()} {half}": part for half, part in enumerate(tensor.t().split(3))}
+            return {name.upper(): tensor}
+
+        return naming
+
+
+@pytest.mark.parametrize("out", ["model.safetensors", "model.pt"])
+def test_a_plug_in_renames_and_turns_tensors(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr("mics_core.checkpoint.export.entry_points", lambda group: [Plugin()] * (group == "mics.names"))
+    assert main(["export", str(runs), str(tmp_path / out), "--names", "loud", "--dtype", "bf16"]) == 0
+    assert (tmp_path / "extra.txt").read_text() == "{'sampler': {'seed': 3}}"
+    found = load_file(tmp_path / out) if out == "model.safetensors" else torch.load(tmp_path / out)
+    export(runs, tmp_path / "plain.safetensors", torch.bfloat16)
+    plain = load_file(tmp_path / "plain.safetensors")
+    assert torch.equal(torch.cat([found.pop("FIRST.WEIGHT 0"), found.pop("FIRST.WEIGHT 1")]), plain["first.weight"].t())
+    assert torch.equal(found["IDLE"], plain["idle"])
+    assert found["IDLE"].dtype == torch.bfloat16
+
+
+def test_names_that_are_not_there_or_do_not_fit_are_told_in_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*arguments: str, checkpoint: Path = runs, out: str = "out.safetensors") -> str:
+        assert main(["export", str(checkpoint), str(tmp_path / out), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert not (tmp_path / out).exists()
+        return error
+
+    assert "the names 'loud' are unknown, expected one of those installed, which are hf: choose one" in said(
+        "--names", "loud"
+    )
+    assert "hf: the checkpoint does not say which model it is of" in said("--names", "hf")
+    assert "is one file, expected no shard_bytes" in said("--shard-bytes", "9", out="out.pt")
+    model = mics.shard(nn.Linear(3, 3), mics.Sharding.ddp())
+    mics.save(tmp_path / "odd", model, None, place=Path("x"))
+    assert "holds more than tensors, numbers, texts and collections" in said(
+        "--names", "hf", checkpoint=tmp_path / "odd"
+    )
+    monkeypatch.setattr(Plugin, "load", lambda _: lambda _: (lambda _, tensor: {"one": tensor}, {}))
+    monkeypatch.setattr("mics_core.checkpoint.export.entry_points", lambda **_: [Plugin()])
+    assert "one comes twice, again from model." in said("--names", "loud")
+
+
+PEAK = """
+import resource, sys
+from mics_core.cli import main
+main(["export", sys.argv[1], sys.argv[2] + "/small.safetensors"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(["export", sys.argv[3], sys.argv[2] + "/large.safetensors"]) == 0
+print("grown by", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts KiB, as Linux does")
+def test_a_process_that_exports_needs_memory_for_few_of_many_tensors(runs: Path, tmp_path: Path) -> None:
+    model = mics.shard(nn.Sequential(*(nn.Linear(1600, 1600) for _ in range(10))), mics.Sharding.ddp())
+    mics.save(tmp_path / "large", model, None)
+    command = [sys.executable, "-c", PEAK, str(runs), str(tmp_path), str(tmp_path / "large")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)
+    largest = 4 * 1600 * 1600 / 1024
+    assert (tmp_path / "large.safetensors").stat().st_size > 10 * 1024 * largest
+    assert int(run.stdout.split()[-1]) < 4 * largest  # the whole, and torch reads with two copies of a part beside it
+
+
 def test_export_holds_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mics.shard(nn.Sequential(*(nn.Linear(50, 50) for _ in range(9))), mics.Sharding.ddp())
     mics.save(tmp_path / "step-1", model, None)

@@ -10,7 +10,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mics_models import BERTS, GPTS, BERTConfig, GPTConfig
-from mics_models.hf import config_from_hf, config_to_hf, from_hf, load_safetensors, save_safetensors, to_hf
+from mics_models.hf import (
+    config_from_hf,
+    config_to_hf,
+    from_hf,
+    from_hf_lazily,
+    load_safetensors,
+    open_safetensors,
+    save_safetensors,
+    to_hf,
+)
 from shapes import GPT2, LATER, PAIRED, ROBERTA, build, lively, tokens_for
 
 Config = GPTConfig | BERTConfig
@@ -117,6 +126,45 @@ def test_what_transformers_saves_is_read(config: Config, tmp_path: Path) -> None
     for name, tensor in to_hf(state, read).items():
         begin = 2 if isinstance(config, BERTConfig) and config == ROBERTA and "position" in name else 0
         assert torch.equal(tensor[begin:], theirs.state_dict()[name][begin:]), name
+
+
+@each_case
+@pytest.mark.parametrize("opened", ["file", "folder", "index", "folder of several"])
+def test_what_transformers_saves_is_opened_and_made_tensor_by_tensor(
+    config: Config, tmp_path: Path, opened: str
+) -> None:
+    theirs = their_model(config)
+    several = opened in ("index", "folder of several")
+    theirs.save_pretrained(tmp_path, max_shard_size=20_000 if several else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() is several
+    paths = {"file": tmp_path / "model.safetensors", "index": tmp_path / "model.safetensors.index.json"}
+    found = open_safetensors(paths.get(opened, tmp_path), config)
+    expected = from_hf(theirs.state_dict(), config)
+    assert set(found) == expected.keys()
+    assert len(found) == len(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        shape = found.meta(name)
+        assert shape.is_meta
+        assert (shape.shape, shape.dtype) == (tensor.shape, tensor.dtype)
+
+
+def test_nothing_is_made_that_is_not_asked_for() -> None:
+    made: list[str] = []
+
+    class Theirs(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            made.append(name)
+            return super().__getitem__(name)
+
+    theirs = Theirs(to_hf(build(PAIRED).state_dict(), PAIRED))
+    ours = from_hf_lazily(theirs, PAIRED)
+    assert not made
+    ours["blocks.1.attention.qkv.bias"]
+    layer = "bert.encoder.layer.1.attention.self"
+    assert made == [f"{layer}.query.bias", f"{layer}.key.bias", f"{layer}.value.bias"]
+    with pytest.raises(KeyError):
+        ours["blocks.1"]
 
 
 @pytest.mark.parametrize("name", [*GPTS, *BERTS])

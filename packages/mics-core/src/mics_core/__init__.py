@@ -1,6 +1,8 @@
 """Training of models that are cut over many ranks, with few bytes on slow links: `shard` one, and train as usual."""
 
 from mics_core.checkpoint import load, save
+from mics_core.checkpoint.weight_files import open_weights
+from mics_core.checkpoint.weights import load_weights
 from mics_core.comm import init
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.forecast import forecast
@@ -29,6 +31,8 @@ __all__ = [
     "init",
     "ledger",
     "load",
+    "load_weights",
+    "open_weights",
     "save",
     "shard",
 ]

@@ -11,7 +11,6 @@ import torch
 
 from mics_core.checkpoint.description import describe
 from mics_core.checkpoint.export import export
-from mics_core.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "inspect":
             print(describe(given.checkpoint, verify=given.verify))
         else:
-            for path in export(given.checkpoint, given.out, DTYPES.get(given.dtype), given.shard_bytes):
+            for path in export(given.checkpoint, given.out, DTYPES.get(given.dtype), given.shard_bytes, given.names):
                 print(path)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"mics {given.command} failed: {error}", file=sys.stderr)
         return 1
     return 0
@@ -40,11 +39,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print what is inside")
     inspect.add_argument("checkpoint", type=Path, help=checkpoint)
     inspect.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
-    out = commands.add_parser("export", help="write the model's weights and buffers as safetensors")
+    out = commands.add_parser("export", help="write the model's weights and buffers for other programs")
     out.add_argument("checkpoint", type=Path, help=checkpoint)
-    out.add_argument("out", type=Path, help="such as model.safetensors")
+    out.add_argument(
+        "out",
+        type=Path,
+        help="such as model.safetensors, written tensor by tensor; or model.pt, a state dict of torch.save, for which "
+        "the whole model must fit in this machine's memory",
+    )
     out.add_argument("--dtype", choices=sorted(DTYPES), help="of what is floating point; default: as it was saved")
     out.add_argument("--shard-bytes", type=int, metavar="N", help="spread over files of at most N bytes of tensors")
+    out.add_argument(
+        "--names",
+        help="write them as others name them, with files beside them such as config.json: mics-models has hf, Hugging "
+        "Face's names, for checkpoints of its pretraining",
+    )
     return parser
 
 

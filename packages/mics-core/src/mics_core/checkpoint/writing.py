@@ -9,6 +9,7 @@ import pickle
 import zlib
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from mics_core.checkpoint.manifest import Entry, measure
 from mics_core.topology import Rungs
 
 INDEX = ".metadata"
+_LARGE = 1 << 18  # bytes that are worth another thread, which adds them up while they are written
 
 
 @dataclass(frozen=True)
@@ -203,16 +205,19 @@ class _Measured(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._error: OSError | None = None
+        self._beside = ThreadPoolExecutor(1)
         self.length = 0
         self.checksum = 0
 
     def write(self, data: Any) -> int:
+        large = len(data) >= _LARGE
+        summing = self._beside.submit(zlib.crc32, data, self.checksum) if large else None
         try:
             if self._error is None:
                 self._file.write(data)
         except OSError as error:  # C++ called, and reports no reason: `flush`, which comes next, does
             self._error = error
-        self.checksum = zlib.crc32(data, self.checksum)
+        self.checksum = zlib.crc32(data, self.checksum) if summing is None else summing.result()
         self.length += len(data)
         return len(data)
 
