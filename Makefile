@@ -84,8 +84,9 @@ GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 RANKS = $(or $(filter-out 0,$(GPUS)),4)
 PLACED = $(if $(filter 0,$(GPUS)),sharding.ranks_per_node=2,batch.samples=$(shell echo $$((4 * $(GPUS)))))
 pretrain: setup ## Train a small GPT on the sources of Python's standard library: three minutes on 2 cores.
-	@$(PATIENT) OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node $(RANKS) --shutdown-timeout 300 \
-		--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m mics_models.pretrain $(PLACED) $(ARGS)
+	@echo "$(RANKS) ranks start, which takes some 10 seconds on 2 cores: each is a process that imports torch"
+	@$(PATIENT) OMP_NUM_THREADS=1 $(PY) -m mics_models.training.launch --standalone --nproc-per-node $(RANKS) \
+		--shutdown-timeout 300 --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1 -m mics_models.pretrain $(PLACED) $(ARGS)
 
 dist: setup ## Build the wheels and source archives into dist/, and try the wheels in an empty environment.
 	@rm -rf dist

@@ -2,15 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mics_core as mics
@@ -18,7 +15,6 @@ import pretraining_work
 import weights_work as work
 from checkpoint_work import Cluster, Model
 from mics_core import ConfigError, LifecycleError, Sharding
-from mics_core.checkpoint.safetensors import DTYPES, Entry, write
 from mics_core.cli import main
 from mics_models.hf import from_hf_lazily, open_safetensors, save_safetensors, to_hf
 from mics_models.training.batches import build, configure
@@ -89,108 +85,6 @@ def test_what_does_not_fit_is_told_on_every_rank_before_memory_is_touched(pool: 
             assert sentence in said or (rank == 1 and sentence.removeprefix("on rank 1: ") in said), kind
             assert "\n" not in said
             assert not changed, kind
-
-
-def shorter(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def longer(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def header_cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def header_changed(old: bytes, new: bytes) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        assert old in path.read_bytes()
-        path.write_bytes(path.read_bytes().replace(old, new, 1))
-
-    return change
-
-
-DAMAGE = {
-    "shorter": (shorter, "its header tells of"),
-    "longer": (longer, "its header tells of"),
-    "empty": (empty, "has 0 bytes and no sound header"),
-    "header cut": (header_cut, "has 100 bytes and no sound header"),
-    "no JSON": (header_changed(b'{"', b"{ "), "no sound header"),
-    "no shape": (header_changed(b'"shape"', b'"shade"'), "no sound header"),
-    "another shape": (header_changed(b"[5]", b"[4]"), "has idle, (4,) of F32, at bytes"),
-    "less than nothing": (header_changed(b"[2,2]", b"[-2,2]"[:5]), "no sound header"),
-    "another dtype": (header_changed(b'"F32"', b'"F33"'), "is 'F33' in"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
-    work.write(tmp_path)
-    path = tmp_path / "one.safetensors"
-    change, sentence = DAMAGE[damage]
-    change(path)
-    with pytest.raises(ConfigError, match=r"one\.safetensors") as raised:
-        mics.open_weights(path)
-    assert sentence in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["state.pt", "state.bin"])
-@pytest.mark.parametrize("change", [shorter, empty])
-def test_a_damaged_state_dict_is_named(tmp_path: Path, name: str, change: Callable[[Path], None]) -> None:
-    work.write(tmp_path)
-    change(tmp_path / name)
-    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(.*\), expected a state dict") as raised:
-        mics.open_weights(tmp_path / name)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
-    torch.save({"idle": Path("x")}, tmp_path / "state.pt")
-    with pytest.raises(ConfigError, match=r"state\.pt cannot be read"):
-        mics.open_weights(tmp_path / "state.pt")
-    torch.save([1], tmp_path / "state.pt")
-    with pytest.raises(ConfigError, match=r"state\.pt holds a list, expected a state dict"):
-        mics.open_weights(tmp_path / "state.pt")
-
-
-def test_an_index_that_its_files_contradict(tmp_path: Path) -> None:
-    work.write(tmp_path)
-    folder = tmp_path / "folder"
-    index = folder / "model.safetensors.index.json"
-    places = json.loads(index.read_text())["weight_map"]
-    changes = {
-        "idle is not where": {**places, "idle": places["scale"]},
-        "more is not where": {**places, "more": places["idle"]},
-        "scale is not where": {name: file for name, file in places.items() if name != "scale"},
-        "part-9.safetensors is not there": {**places, "idle": "part-9.safetensors"},
-        "is damaged, expected a weight_map": {**places, "idle": "../one.safetensors"},
-    }
-    for sentence, changed in changes.items():
-        index.write_text(json.dumps({"weight_map": changed}))
-        with pytest.raises(ConfigError, match=sentence):
-            mics.open_weights(folder)
-    index.write_text("[]")
-    with pytest.raises(ConfigError, match=r"index\.json is damaged"):
-        mics.open_weights(index)
-    index.unlink()
-    with pytest.raises(ConfigError, match="folder has neither, expected"):
-        mics.open_weights(folder)
-    (tmp_path / "one.txt").touch()
-    with pytest.raises(ConfigError, match=r"got .*one.txt, expected a .safetensors"):
-        mics.open_weights(tmp_path / "one.txt")
-
-
-def test_a_folder_of_both_is_not_guessed_at(tmp_path: Path) -> None:
-    work.write(tmp_path)
-    (tmp_path / "one.safetensors").rename(tmp_path / "folder" / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"has model\.safetensors and model\.safetensors\.index\.json, expected"):
-        mics.open_weights(tmp_path / "folder")
 
 
 def test_loading_drops_gradients_and_leaves_the_optimizer_alone(pool: Pool) -> None:
@@ -284,62 +178,6 @@ def test_pretraining_refuses_weights_of_another_model_in_one_sentence(pool: Pool
             assert type(error) is Refused
             assert re.search(sentence, str(error))
             assert "\n" not in str(error)
-
-
-@st.composite
-def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Of every dtype and some odd shapes."""
-    found = {}
-    for dtype in draw(st.lists(st.sampled_from([*DTYPES.values()]), min_size=1, max_size=6)):
-        shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
-        raw = torch.randint(0, 2, (torch.Size(shape).numel() * dtype.itemsize,), dtype=torch.uint8)
-        found[draw(st.text(min_size=1))] = (
-            raw.view(dtype).view(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
-        )
-    return found
-
-
-@settings(deadline=None, max_examples=40)
-@given(tensors())
-def test_files_are_those_of_the_library(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Tensor]) -> None:
-    folder = tmp_path_factory.mktemp("files")
-    ours, theirs = folder / "ours.safetensors", folder / "theirs.safetensors"
-    entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in given.items()]
-    write(ours, entries, iter(given.values()))
-    save_file(given, theirs)
-    for found in (load_file(ours), mics.open_weights(ours), mics.open_weights(theirs)):
-        assert set(found) == given.keys()
-        for name, tensor in given.items():
-            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-            assert bytes_of(found[name]) == bytes_of(tensor)
-    assert sorted(path.name for path in folder.iterdir()) == ["ours.safetensors", "theirs.safetensors"]
-
-
-def bytes_of(tensor: Tensor) -> list[int]:
-    numbers: list[int] = tensor.contiguous().view(-1).view(torch.uint8).tolist() if tensor.numel() else []
-    return numbers
-
-
-def test_tensors_may_begin_at_odd_places(tmp_path: Path) -> None:
-    path = tmp_path / "odd.safetensors"
-    save_file({"a": torch.tensor([1.0, 2.0])}, path)
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    path.write_bytes((length + 3).to_bytes(8, "little") + content[8 : 8 + length] + b"   " + content[8 + length :])
-    assert mics.open_weights(path)["a"].tolist() == [1.0, 2.0]
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "one.safetensors"
-    entries = [Entry(name, (2,), torch.float32) for name in ("a", "b")]
-
-    def broken() -> object:
-        yield torch.ones(2)
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write(path, entries, broken())
-    assert not list(tmp_path.iterdir())
 
 
 def test_empty_parameters_are_checked_too() -> None:

@@ -1,4 +1,4 @@
-"""The pretraining program as users start it: a whole run, an interrupted one that goes on, and one that goes wrong."""
+"""The pretraining program: a whole run, an interrupted one that goes on, and one that goes wrong."""
 
 import os
 import re
@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mics_models.training import journal
+from warm_ranks import ENVIRONMENT, Done, WarmRanks
 
 TINY = (
     "model.config.layers=1",
@@ -24,22 +25,18 @@ TINY = (
     "evaluation.sampled=5",
     "log.every=3",  # the signal comes after two reports, and the run ends between two
     "log.tensorboard=false",
-    "log.peak_tflops=1",
 )
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("--standalone", "--nproc-per-node", "2", "--signals-to-handle", "SIGTERM,SIGUSR1")
 
 
-def command(*changes: str, launcher: Sequence[str] = ()) -> list[str]:
-    return [sys.executable, *launcher, "-m", "mics_models.pretrain", *TINY, *changes]
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmRanks]:
+    with WarmRanks() as warm:
+        yield warm
 
 
-def run(*changes: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    whole = command(*changes, launcher=launcher)
-    return subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+def run(warm: WarmRanks, *changes: str, ranks: int = 1) -> Done:
+    return warm.run(*[[*TINY, *changes]] * ranks)
 
 
 def losses(folder: Path) -> dict[float, float]:
@@ -47,16 +44,18 @@ def losses(folder: Path) -> dict[float, float]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(warm: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of 12 steps on two ranks, and what it said."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = run("schedule.steps=12", "checkpoint.every=4", f"output={folder}", launcher=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = ("schedule.steps=12", "checkpoint.every=4", "log.peak_tflops=1", f"output={folder}")
+    done = run(warm, *settings, ranks=2)
+    assert done.statuses == [0, 0], done.stderr
     return folder, done.stdout
 
 
 def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, str]) -> None:
     folder, said = whole
+    assert said.startswith("waiting until all 2 ranks are there\n")
     for name in ("model", "data", "ranks", "sharding", "memory", "traffic", "batch", "schedule"):
         assert re.search(rf"^{name} ", said, re.M), said
     assert re.search(
@@ -72,88 +71,122 @@ def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, 
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_told_to_leave_saves_and_goes_on_as_if_nothing_had_been(
-    whole: tuple[Path, str], tmp_path: Path, how: signal.Signals
+def test_ranks_that_are_told_to_leave_save_and_go_on_as_if_nothing_had_been(
+    warm: WarmRanks, whole: tuple[Path, str], tmp_path: Path, how: signal.Signals
 ) -> None:
-    expected = losses(whole[0])
     folder = tmp_path / "run"
     settings = ("schedule.steps=12", "checkpoint.every=0", f"output={folder}")
-    # Slow steps, so that the signal comes between them.
-    program = "import time, mics_models.pretrain as p; step = p.Training.step\n"
-    program += "p.Training.step = lambda self, n: (time.sleep(0.4), step(self, n))[1]\nraise SystemExit(p.main())"
-    slow = tmp_path / "slow.py"
-    slow.write_text(program)
-    launcher = (*TWO_RANKS, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
-    started = [sys.executable, *launcher, str(slow), *TINY, *settings]
-    with subprocess.Popen(started, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
-        while not (folder / journal.LOG).exists() or len(losses(folder)) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(how)
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode != 0
-    stopped = re.search(r"stopped after (\d+) of 12 steps", said)
+    processes = warm.start(*[[*TINY, *settings]] * 2, pause=0.3)  # so that the signal comes between steps
+    end = time.monotonic() + 120
+    while not (folder / journal.LOG).exists() or len(losses(folder)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    for process in processes:
+        os.kill(process, how)
+    left = warm.wait()
+    assert left.statuses == [3, 3], left.stderr
+    assert left.stderr == ""
+    stopped = re.search(r"stopped after (\d+) of 12 steps", left.stdout)
     assert stopped
     assert 6 <= int(stopped[1]) < 12
     assert int(stopped[1]) % 3, "it ended at a report, so nothing is shown"
-    done = run(*settings, "checkpoint.resume=always", launcher=TWO_RANKS)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(warm, *settings, "checkpoint.resume=always", ranks=2)
+    assert done.statuses == [0, 0], done.stderr
     assert f"resuming after step {stopped[1]}" in done.stdout
-    found = losses(folder)
+    expected, found = losses(whole[0]), losses(folder)
     assert {step: found[step] for step in expected} == expected
 
 
-def test_an_output_that_has_a_run_is_refused(whole: tuple[Path, str]) -> None:
-    done = run(f"output={whole[0]}")
-    assert done.returncode == 2
+def launched(tmp_path: Path, program: str, interrupted: bool = False) -> tuple[int, str, str]:
+    """How the launcher of `make pretrain` ends with a program on two ranks, and all that was said."""
+    script = tmp_path / "program.py"
+    script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{program}")
+    started = [sys.executable, "-m", "mics_models.training.launch", *TORCHRUN, str(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(started, env=ENVIRONMENT, start_new_session=True, **pipes) as process:  # type: ignore
+        if interrupted:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said, complaints = process.communicate(timeout=120)
+    return process.returncode, said, complaints
+
+
+def test_the_launcher_adds_nothing_to_what_a_rank_says_of_a_mistake(tmp_path: Path) -> None:
+    program = "time.sleep(60 * (1 - rank))\nprint('pretrain: a mistake', file=sys.stderr)\nsys.exit(2)"
+    assert launched(tmp_path, program) == (2, "", "pretrain: a mistake\n")
+
+
+def test_the_launcher_names_a_rank_that_died_without_a_word(tmp_path: Path) -> None:
+    program = "time.sleep(60 * (1 - rank))\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert launched(tmp_path, program) == (137, "", "launch: rank 1 ended with exit status -9, expected 0\n")
+
+
+def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> None:
+    program = "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3)))\n"
+    program += "open(f'{__file__}.{rank}', 'w').close()\n"
+    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
+    program += "if rank == 0: print('ready', flush=True)\ntime.sleep(60)"
+    assert launched(tmp_path, program, interrupted=True) == (143, "saved\nsaved\n", "")
+
+
+def test_an_unknown_key_is_told_once_with_the_nearest(warm: WarmRanks) -> None:
+    done = run(warm, "batch.sequence=3", ranks=2)
+    assert done.statuses == [2, 2]
+    assert done.stderr == "pretrain: batch.sequence is unknown, did you mean batch.seq?\n"
+
+
+def test_an_output_that_has_a_run_is_refused(warm: WarmRanks, whole: tuple[Path, str]) -> None:
+    done = run(warm, f"output={whole[0]}", ranks=2)
+    assert done.statuses == [2, 2]
     assert re.fullmatch(r"pretrain: output .* has a run already, expected a new folder: .*\n", done.stderr)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_samples(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_samples(
+    warm: WarmRanks, tmp_path: Path
+) -> None:
     settings = ("optimizer.lr=1e38", "optimizer.clip=0", "schedule.warmup=0", "checkpoint.every=1", "log.every=50")
-    done = run(*settings, f"output={tmp_path / 'run'}", launcher=TWO_RANKS)
-    assert done.returncode == 1
+    done = run(warm, *settings, f"output={tmp_path / 'run'}", ranks=2)
+    assert done.statuses == [1, 1]
     (said,) = re.findall(r"^pretrain: the loss of step (\d+) is not finite in micro-step (.*)$", done.stderr, re.M)
     assert re.search(r"on rank [01], samples \d+ to \d+", said[1])
     (newest,) = re.findall(r"\d+", (tmp_path / "run" / "checkpoints" / "latest").read_text())
     assert int(newest) == int(said[0])  # so many steps were finite
 
 
-def test_ranks_that_are_told_different_things_refuse_to_begin(tmp_path: Path) -> None:
-    program = tmp_path / "different.py"
-    program.write_text("import os, mics_models.pretrain as p\nraise SystemExit(p.main(['seed=' + os.environ['RANK']]))")
-    started = [sys.executable, *TWO_RANKS, str(program)]
-    done = subprocess.run(started, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("pretrain: seed is 1 on rank 1 and 0 on rank 0, expected the same everywhere") == 1
+def test_ranks_that_are_told_different_things_refuse_to_begin(warm: WarmRanks) -> None:
+    done = warm.run(["seed=0"], ["seed=1"])
+    assert done.statuses == [2, 2]
+    expected = "pretrain: seed is 1 on rank 1 and 0 on rank 0, expected the same everywhere: tell all ranks alike\n"
+    assert done.stderr == expected
 
 
-def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(tmp_path: Path) -> None:
-    settings = ("schedule.steps=1000000", "schedule.minutes=0.03", "evaluation.every=2", "checkpoint.resume=auto")
-    done = run(*settings, f"output={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+def test_a_mistake_that_one_rank_alone_was_told_is_refused_by_all(warm: WarmRanks, tmp_path: Path) -> None:
+    done = warm.run([], [str(tmp_path / "missing.toml")])
+    assert done.statuses == [2, 2]
+    assert re.fullmatch(r"pretrain: on rank 1: .*No such file or directory.*missing\.toml'\n", done.stderr)
+
+
+def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(warm: WarmRanks, tmp_path: Path) -> None:
+    settings = ("schedule.steps=1000000", "schedule.minutes=0.01", "evaluation.every=2", "checkpoint.resume=auto")
+    done = run(warm, *settings, f"output={tmp_path / 'run'}")
+    assert done.statuses == [0], done.stderr
     assert re.search(r"stopped after \d+ of 1000000 steps, because the minutes are over", done.stdout)
     assert "held-out loss" in done.stdout
+    assert "MFU" not in done.stdout, "nobody has said what a CPU can do"
     assert (tmp_path / "run" / "curves.png").exists()
     (stopped,) = re.findall(r"stopped after (\d+) of", done.stdout)
     last = journal.read(tmp_path / "run")[-1]
     assert last["step"] == int(stopped)
     assert f"held-out loss {last['held_out']:.4f}" in done.stdout, "the loss that is told is that of the last step"
-    again = run("schedule.steps=1", "checkpoint.resume=auto", f"output={tmp_path / 'run'}")
-    assert again.returncode == 2
+    again = run(warm, "schedule.steps=1", "checkpoint.resume=auto", f"output={tmp_path / 'run'}")
+    assert again.statuses == [2]
     assert "expected more: raise schedule.steps to go on" in again.stderr
 
 
-def test_an_unknown_key_is_a_usage_error_that_suggests_the_nearest() -> None:
-    done = run("batch.sequence=3")
-    assert done.returncode == 2
-    assert "batch.sequence is unknown, did you mean batch.seq?" in done.stderr
-
-
-def test_text_comes_from_a_run(whole: tuple[Path, str]) -> None:
-    sample = [sys.executable, "-m", "mics_models.generate", str(whole[0]), "--prompt", "import ", "--tokens", "7"]
-    done = subprocess.run(sample, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+def test_text_comes_from_a_run(warm: WarmRanks, whole: tuple[Path, str]) -> None:
+    done = warm.run([str(whole[0]), "--prompt", "import ", "--tokens", "7"], program="generate")
+    assert done.statuses == [0], done.stderr
     assert done.stdout.startswith("import ")
     assert "Warning" not in done.stderr
 
@@ -168,7 +201,7 @@ def test_two_nodes_train_together_by_the_recipe_of_the_examples(tmp_path: Path) 
     agents = [
         subprocess.Popen(
             [recipe, str(node), "127.0.0.1", *settings],
-            env=ENVIRONMENT | {"RANKS": "2", "PORT": port, "PATH": path},
+            env=ENVIRONMENT | {"RANKS": "1", "PORT": port, "PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -177,4 +210,4 @@ def test_two_nodes_train_together_by_the_recipe_of_the_examples(tmp_path: Path) 
     ]
     said = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert re.search(r"^ranks +4 on cpu, 2 on a node", said[0], re.M)
+    assert re.search(r"^ranks +2 on cpu, 1 on a node", said[0], re.M)

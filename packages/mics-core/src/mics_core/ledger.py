@@ -18,6 +18,10 @@ from mics_core.sharding import Precision, Sharding
 from mics_core.standstill import Standstill
 from mics_core.topology import Rungs
 
+CAPTION = (
+    "Sent by this rank since reset(); rung 2-4: from 2 pieces to 4; predicted(micro_steps): what a step should send."
+)
+
 
 @dataclass
 class Traffic:
@@ -199,6 +203,5 @@ class Ledger:
         rows = [("action", "rung", "calls", "bytes sent")]
         rows += [(a, rung, str(t.calls), f"{t.bytes:,}") for (a, rung), t in sorted(self.counted.items())]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join([CAPTION, *lines])

@@ -6,14 +6,15 @@ python does the same on one rank. training/settings.py lists every key with its 
 
 from __future__ import annotations
 
-import argparse
+import atexit
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import mics_core as mics
 from mics_models.data import load, standard_library
 from mics_models.data.replacing import replacing
+from mics_models.hf import from_hf_lazily
 from mics_models.training import journal, plan, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
@@ -30,6 +32,14 @@ from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings
 from mics_models.training.stopwatch import Stopwatch
 from mics_models.training.together import Refused, agree, everyone, together
+
+HELP = f"""usage: python -m mics_models.pretrain [FILE.toml] [table.key=value ...]
+
+Pretrain a GPT or a BERT under the runtime: on one rank, or on all that torchrun starts.
+
+keys, their defaults and what they mean:
+
+{settings.explained()}"""
 
 
 class Training:
@@ -73,6 +83,20 @@ class Training:
         for group in (decayed, others):
             group["betas"], group["eps"] = (told.beta1, told.beta2), told.eps
         decayed["weight_decay"], others["weight_decay"] = told.weight_decay, 0.0
+
+    def begin_with(self, weights: str) -> None:
+        """Take the weights of a file or folder, each rank what it holds of them."""
+
+        def look() -> Mapping[str, torch.Tensor]:
+            given = mics.open_weights(weights)
+            # Every model of ours has this name, and none of Hugging Face's.
+            return given if "embedding.weight" in given else from_hf_lazily(given, self.config)
+
+        given = together(look)
+        try:
+            mics.load_weights(given, self.model)
+        except (RuntimeError, ValueError) as error:  # the same on all ranks
+            raise Refused(f"model.weights is {weights}: {error}") from error
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
@@ -183,7 +207,8 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
     screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
     folder = _prepare(told, rank)
     run = Run(Training(told, batches, device), corpus, folder, screen)
-    screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
+    if run.peak is not None:
+        screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
     stopped = run.train()
     if stopped is not Stop.SIGNAL:
         run.finish()
@@ -218,33 +243,46 @@ def _prepare(told: Settings, rank: int) -> Path:
     return folder
 
 
+def _told(words: Sequence[str]) -> Settings:
+    """The settings of a command line."""
+    file = Path(words[0]) if words and words[0].endswith(".toml") and "=" not in words[0] else None
+    told = settings.read(file, words[file is not None :])
+    configure(told.model)
+    return told
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mics_models.pretrain",
-        description="Pretrain a GPT or a BERT under the runtime.",
-        epilog="keys, their defaults and what they mean:\n\n" + settings.explained(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "told", nargs="*", metavar="FILE.toml | table.key=value", help="a file of settings, and what is to be different"
-    )
-    words: list[str] = parser.parse_args(arguments).told
-    file = Path(words.pop(0)) if words and words[0].endswith(".toml") and "=" not in words[0] else None
-    try:
-        told = settings.read(file, words)
-        configure(told.model)
-    except (ValueError, OSError) as error:
-        parser.error(str(error).removeprefix("settings: "))
+    words = sys.argv[1:] if arguments is None else arguments
+    first = os.environ.get("RANK", "0") == "0"
+    if "-h" in words or "--help" in words:
+        if first:
+            print(HELP, end="")
+        return 0
+    if first and "RANK" in os.environ:
+        print(f"waiting until all {os.environ['WORLD_SIZE']} ranks are there", flush=True)
     device = mics.init()
     try:
-        stopped = pretrain(told, device)
+        stopped = pretrain(together(lambda: _told(words)), device)
     except (Refused, mics.ConfigError, FloatingPointError) as error:  # the same on every rank
-        if _place()[0] == 0:
-            print(f"pretrain: {error}", file=sys.stderr)
+        if first:
+            print(f"pretrain: {str(error).removeprefix('settings: ')}", file=sys.stderr, flush=True)
+        everyone("said")  # the first rank to end makes torchrun end the others
         return 1 if isinstance(error, FloatingPointError) else 2
     return 3 if stopped is Stop.SIGNAL else 0
 
 
+def leave(status: int) -> NoReturn:
+    """End the process after all that waits for its end, and do not take Python apart.
+
+    A thread of gloo that lets go of a tensor meanwhile, such as that of the last collective, aborts the process.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the steps there is nothing to save, nor to trace back
+    leave(main())

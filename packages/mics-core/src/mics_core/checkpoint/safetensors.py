@@ -147,7 +147,7 @@ def _placed(path: Path) -> dict[str, _Placed]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         said = sorted(
-            (*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"])))
+            (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
             for name, entry in header.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

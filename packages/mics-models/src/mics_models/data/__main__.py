@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
+from mics_models.data.corpus import VOCAB
 from mics_models.data.prepare import LISTED, Settings, prepare
 from mics_models.data.prepared import SIDES, Manifest, load, verify
 
@@ -32,10 +34,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     making.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to make it")
     source = making.add_mutually_exclusive_group()
     source.add_argument(
-        "--vocab", default=default.vocab, type=int, help="tokens of the tokenizer that is trained (%(default)s)"
+        "--vocab",
+        default=default.vocab,
+        type=int,
+        help=f"tokens of the tokenizer that is trained (%(default)s); {VOCAB}: none is, a token is a byte",
     )
     source.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.json and train none")
-    making.add_argument("--start-token", default=default.start_token, help="begins each document (%(default)s)")
+    making.add_argument(
+        "--start-token", default=default.start_token, help="of FILE, begins each document (%(default)s)"
+    )
     making.add_argument("--field", default=default.field, help="the text in a .jsonl or .parquet (%(default)s)")
     making.add_argument("--held-out", default=default.held_out, type=int, help="one document in so many (%(default)s)")
     making.add_argument("--skip-bad", action="store_true", help="list what cannot be read, and go on")
@@ -56,6 +63,10 @@ def run_prepare(chosen: argparse.Namespace) -> int:
     listed = [place for part in manifest.parts.values() for place in part.listed]
     if bad := sum(part.bad for part in manifest.parts.values()):
         print(f"skipped {bad} bad documents, of which the first:", *listed[:LISTED], sep="\n  ")
+    vocab = load(chosen.out).vocab
+    told = [f"data.folder={chosen.out}", *[f"model.config.vocab={vocab}"] * (vocab > VOCAB)]
+    print(f"{vocab:,} tokens in the vocabulary; a small GPT learns them with")
+    print(f"    torchrun --nproc-per-node 4 -m mics_models.pretrain {shlex.join(told)}")
     return 0
 
 

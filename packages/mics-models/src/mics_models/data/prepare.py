@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mics_models.data.corpus import HELD_OUT_SHARE, is_held_out
-from mics_models.data.inputs import Document, find, read
+from mics_models.data.byte_tokens import Bytes
+from mics_models.data.corpus import HELD_OUT_SHARE, VOCAB, is_held_out
+from mics_models.data.inputs import Bad, Document, find, read
 from mics_models.data.prepared import (
     MANIFEST,
     SIDES,
@@ -58,6 +59,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.held_out < 2:
             raise ValueError(f"data: got --held-out {self.held_out}, expected at least 2: one document in so many")
+        if self.start_token != START and self.tokenizer is None:
+            raise ValueError(
+                f"data: got --start-token {self.start_token} without --tokenizer, expected both or neither: what is "
+                "made here has a start of its own"
+            )
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether each byte is a token."""
+        return self.tokenizer is None and self.vocab == VOCAB
 
 
 def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[[str], None] = print) -> Manifest:
@@ -102,7 +113,7 @@ def _recorded(settings: Settings, tokenizer: str | None) -> dict[str, str | int 
     return {
         "--field": settings.field,
         "--held-out": settings.held_out,
-        "--start-token": settings.start_token,
+        "--start-token": None if settings.byte_level else settings.start_token,
         "--vocab": None if tokenizer else settings.vocab,
         "--tokenizer": tokenizer,
     }
@@ -112,10 +123,10 @@ def _given(settings: Settings) -> Tokenizer | None:
     return load_tokenizer(settings.tokenizer, settings.start_token) if settings.tokenizer else None
 
 
-def _begin(plan: Plan, out: Path, settings: Settings, say: Callable[[str], None]) -> tuple[Manifest, Tokenizer]:
+def _begin(plan: Plan, out: Path, settings: Settings, say: Callable[[str], None]) -> tuple[Manifest, Tokenizer | Bytes]:
     """A new folder's tokenizer, and a manifest without parts."""
     given = _given(settings)
-    tokenizer = given
+    tokenizer = Bytes() if settings.byte_level else given
     if tokenizer is None:
         say(f"training a tokenizer of {settings.vocab} tokens on {min(_size(plan), TRAINED_ON) / 1e6:,.1f} MB of input")
         with progress("reading", _size(plan)) as advance:
@@ -126,7 +137,9 @@ def _begin(plan: Plan, out: Path, settings: Settings, say: Callable[[str], None]
     return Manifest(recorded, tokenizer.fingerprint.hex(), len(plan), {}), tokenizer
 
 
-def _resume(plan: Plan, out: Path, settings: Settings, say: Callable[[str], None]) -> tuple[Manifest, Tokenizer]:
+def _resume(
+    plan: Plan, out: Path, settings: Settings, say: Callable[[str], None]
+) -> tuple[Manifest, Tokenizer | Bytes]:
     """A folder's own tokenizer, and its manifest with the parts that need not be made again."""
     manifest, given = Manifest.read(out), _given(settings)
     for flag, value in _recorded(settings, given.fingerprint.hex() if given else None).items():
@@ -186,6 +199,8 @@ class _Skipped:
 def _documents(source: Source, settings: Settings, skipped: _Skipped) -> Iterator[Document]:
     """What is in an input; what is bad ends the work, unless it may be skipped."""
     for item in read(Path(source.path), settings.field):
+        if isinstance(item, Document) and settings.byte_level and "\0" in item.text:
+            item = Bad(f"{source.path}, before byte {item.position}", "a zero byte, which begins documents")
         if isinstance(item, Document):
             yield item
         elif settings.skip_bad:
@@ -208,7 +223,7 @@ def _make(
     out: Path,
     name: str,
     sources: tuple[Source, ...],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Bytes,
     settings: Settings,
     advance: Callable[[int], None],
 ) -> Part:

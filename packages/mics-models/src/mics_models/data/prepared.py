@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mics_models.data.byte_tokens import Bytes
 from mics_models.data.corpus import Corpus
 from mics_models.data.replacing import replacing
 from mics_models.data.token_files import SUFFIX, Stream, TokenFile
@@ -123,7 +124,7 @@ def open_part(folder: Path, manifest: Manifest, name: str, side: str) -> TokenFi
     return file
 
 
-def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer | Bytes:
     """The tokenizer that made the folder's tokens."""
     path = folder / TOKENIZER
     content = path.read_bytes()
@@ -132,6 +133,8 @@ def read_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
             f"data: {path} has the SHA-256 {found}, expected {manifest.tokenizer}: put back the tokenizer that made "
             "the tokens"
         )
+    if content == Bytes().content:
+        return Bytes()
     return from_json(content, str(manifest.settings["--start-token"]), str(path))
 
 
@@ -157,7 +160,8 @@ def load(folder: Path) -> Corpus:
     if not train_documents or not held_out_documents:
         raise ValueError(
             f"data: {folder} has {train_documents} documents to train on and {held_out_documents} held out, expected "
-            "some of each: prepare more documents, or hold out a larger share with --held-out, in another folder"
+            "some of each: prepare more documents (a .txt is one), or hold out a larger share with --held-out, in "
+            "another folder"
         )
     return Corpus(
         train,

@@ -82,7 +82,7 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
     if vocab < len(alphabet) + 2:
         raise ValueError(
             f"tokenizer: got a vocabulary of {vocab}, expected at least {len(alphabet) + 2}, for every byte and two "
-            "special tokens: raise it"
+            "special tokens: raise it, or `prepare` with --vocab 256, where tokens are the bytes"
         )
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

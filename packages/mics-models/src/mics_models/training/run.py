@@ -20,7 +20,7 @@ from mics_models.training import journal
 from mics_models.training.batches import Batches, Config
 from mics_models.training.interrupts import Interrupts
 from mics_models.training.news import Exchange, News, Stop
-from mics_models.training.peak import peak
+from mics_models.training.peak import Peak, peak
 from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings, flatten
@@ -47,6 +47,9 @@ class Trains(Protocol):
     model: GPT | BERT
     batches: Batches
     stopwatch: Stopwatch
+
+    def begin_with(self, weights: str) -> None:
+        """Take the weights of a file or folder."""
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
@@ -80,9 +83,7 @@ class Run:
         self._losses: list[float] = []  # of the steps since the last report
         self.done = self._resume()
         self.journal: journal.Journal | None = together(self._open_journal)
-        self.peak = everyone(
-            peak(training.device, training.compute, self.told.log.peak_tflops) if training.rank == 0 else None
-        )[0]
+        self.peak: Peak | None = everyone(self._peak() if training.rank == 0 else None)[0]
         self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
         self._row: dict[str, float] = {}  # the last report
         self._saving: Any = None
@@ -194,12 +195,14 @@ class Run:
             "norm": self.news.norm,
             "lr": told.optimizer.lr * rate(self.done - 1, told.schedule),
             "tokens_per_second": speed,
-            "mfu": speed * training.config.flops_per_token(told.batch.seq) / (training.world * self.peak.flops),
             "step_seconds": seconds / steps,
             "compute": (seconds - exposed - optimizer) / steps,
             "exposed": exposed / steps,
             "optimizer": optimizer / steps,
         }
+        if self.peak is not None:
+            flops = training.config.flops_per_token(told.batch.seq)
+            self._row["mfu"] = speed * flops / (training.world * self.peak.flops)
         if self._due(told.evaluation.every) or self.done == told.schedule.steps:
             self._row["held_out"] = training.held_out_loss()
         self._losses.clear()
@@ -227,6 +230,9 @@ class Run:
         resume = self.told.checkpoint.resume
         there = everyone((self.checkpoints / "latest").is_file())[0]
         if resume == "never" or (resume == "auto" and not there):
+            if self.told.model.weights:
+                self.training.begin_with(self.told.model.weights)
+                self.screen.say(f"beginning with the weights of {self.told.model.weights}")
             return 0
         extra = self.training.load(self.checkpoints)
         now, then = dict(flatten(self.told)), extra["settings"]
@@ -241,6 +247,13 @@ class Run:
         self._losses += extra["losses"]  # so that the next report is that of a run which never stopped
         self.screen.say(f"resuming after step {extra['step']}")
         return int(extra["step"])
+
+    def _peak(self) -> Peak | None:
+        """What the MFU is of. CPU ranks share cores, so they have one only if it is told."""
+        told = self.told.log.peak_tflops
+        if self.training.device.type == "cpu" and not told:
+            return None
+        return peak(self.training.device, self.training.compute, told)
 
     def _open_journal(self) -> journal.Journal | None:
         if self.training.rank:

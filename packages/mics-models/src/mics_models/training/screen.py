@@ -58,8 +58,8 @@ class Screen:
         if "held_out" in row:
             words.append(f"held out {row['held_out']:.4f}")
         shares = ", ".join(f"{name} {row[name] / row['step_seconds']:.0%}" for name in PARTS)
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.1%}  "
-        speed += f"{row['step_seconds'] * 1e3:.0f} ms a step ({shares})"
+        mfu = f"MFU {row['mfu']:.1%}  " if "mfu" in row else ""
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}{row['step_seconds'] * 1e3:.0f} ms a step ({shares})"
         left = timedelta(seconds=round((steps - row["step"]) * row["step_seconds"]))
         self.say("  ".join([*words, f"norm {row['norm']:.2f}", speed, f"ETA {left}"]))
         if self._bar is not None:

@@ -22,6 +22,7 @@ class ModelSettings:
     """Which model."""
 
     name: str = "byte-tiny"  # in mics_models.GPTS or BERTS
+    weights: str = ""  # to begin with: a safetensors file or a folder of them, Hugging Face's or ours; empty: drawn
     compile: bool = False  # each block, with torch.compile
     config: Mapping[str, Any] = field(default_factory=dict)  # of its configuration, what is to be different
 
@@ -106,7 +107,7 @@ class LogSettings:
 
     every: int = 20  # steps
     tensorboard: bool = True  # or the lines of JSON alone
-    peak_tflops: float = 0.0  # of one device, for the MFU; 0: known by its name, else measured
+    peak_tflops: float = 0.0  # of one device, for the MFU; 0: known by its name, else measured; none on CPUs
 
 
 @dataclass(frozen=True)
