@@ -27,5 +27,6 @@ def test_the_program_of_the_readme_trains_on_four_ranks(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     (loss,) = re.findall(r"^loss ([0-9.]+),", run.stdout, re.M)
     assert float(loss) < 1.5, "an untrained model has 2"
+    assert "Sent by this rank since reset()" in run.stdout
     for action in ("gather", "hop 1", "hop 2", "refresh"):
         assert f"\n{action} " in run.stdout

@@ -113,8 +113,8 @@ def _recorded(settings: Settings, tokenizer: str | None) -> dict[str, str | int 
     return {
         "--field": settings.field,
         "--held-out": settings.held_out,
-        "--start-token": None if settings.byte_level else settings.start_token,
         "--vocab": None if tokenizer else settings.vocab,
+        "--start-token": None if settings.byte_level else settings.start_token,
         "--tokenizer": tokenizer,
     }
 
