@@ -74,7 +74,7 @@ def test_ranks_write_every_element_once_evenly_and_only_what_they_hold(
             written += cut.values(box).numel()
             announced[int(str(cut.name))] += 1
         assert written <= layout.size // world
-        staged = contents.staged(piece, world)
+        staged = contents.staged(piece, world, lambda parts: [part.clone() for part in parts])
         assert [box for _, box in staged.mine(piece, world)] == [box for _, box in contents.mine(piece, world)]
         for cut, box in staged.mine(piece, world):
             assert cut.values(box).shape == box.sizes

@@ -8,7 +8,7 @@ element is written once, by a rank that has it, and every rank writes equally mu
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from mics_core.checkpoint.boxes import Box, boxes
+
+Copies = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 LARGEST = 1 << 22
 """No more elements in one box. A reader that needs a part of a box reads the whole, so this bounds its memory, and what
@@ -94,17 +96,16 @@ class Contents:
     own: bytes = b""
     """Every rank's own state, pickled."""
 
-    def staged(self, piece: int, world: int) -> Contents:
+    def staged(self, piece: int, world: int, copies: Copies) -> Contents:
         """The same with copies, in host memory, of what this rank is to write."""
-        cuts = []
-        for cut in self.cuts:
-            begin, end = cut.part(piece, world)
-            if end > begin:
-                copied = cut.local[begin - cut.first : end - cut.first].to("cpu", copy=True)
-                cuts.append(replace(cut, local=copied, first=begin))
-            else:
-                cuts.append(replace(cut, local=cut.local[:0].cpu(), first=begin))
-        wholes = {name: value.detach().to("cpu", copy=True) for name, value in self.wholes.items()}
+        spans = [cut.part(piece, world) for cut in self.cuts]
+        parts = [
+            cut.local[begin - cut.first : end - cut.first] if end > begin else cut.local[:0]
+            for cut, (begin, end) in zip(self.cuts, spans, strict=True)
+        ]
+        copied = iter(copies([*parts, *self.wholes.values()]))
+        cuts = [replace(cut, local=next(copied), first=begin) for cut, (begin, _) in zip(self.cuts, spans, strict=True)]
+        wholes = {name: next(copied) for name in self.wholes}
         return replace(self, cuts=tuple(cuts), wholes=wholes)
 
     def mine(self, piece: int, world: int) -> Iterator[tuple[Cut, Box]]:

@@ -8,6 +8,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Contents, Name, pickled
 from mics_core.checkpoint.folder import Place
+from mics_core.checkpoint.host_memory import copies
 from mics_core.checkpoint.manifest import Manifest
 from mics_core.checkpoint.random_numbers import random_state
 from mics_core.checkpoint.writing import INDEX, Written, write, write_index
@@ -97,9 +99,10 @@ def save(
     and `extra`: what can be pickled, such as `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds
     no gradients, so call it after the step.
 
-    background: copy what this rank writes to host memory, and return while a thread writes it. The next save waits for
-        it, and so does the end of the process. A failure is raised by the next save, or by `wait()` of what this
-        returns: call it at the end, because a process that ends can only print it.
+    background: copy what this rank writes to host memory, which it keeps for the next such save, and return while a
+        thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
+        next save, or by `wait()` of what this returns: call it at the end, because a process that ends can only print
+        it.
     keep: remove all but so many of the newest checkpoints beside this one, once it is complete. What cannot be removed
         is a warning: the new checkpoint is there.
 
@@ -120,7 +123,7 @@ def save(
         _check_gradients(runtime)
         found = _collect(runtime, model, optimizer, extra)
         if background:
-            found = found.staged(rungs.piece(world.rank, world.size), world.size)
+            found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
         return (str(place.path), keep, background), model_state.hash_of(model_state.buffers(model, "save"))
 

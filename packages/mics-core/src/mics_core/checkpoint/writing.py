@@ -9,7 +9,7 @@ import pickle
 import zlib
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from mics_core.topology import Rungs
 
 INDEX = ".metadata"
 _LARGE = 1 << 18  # bytes that are worth another thread, which adds them up while they are written
+_AHEAD = 1 << 26  # bytes after which the disk is set to work: all at the end would take it as long again
 
 
 @dataclass(frozen=True)
@@ -194,24 +195,27 @@ class _Files(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with Path(path).open(mode) as file:
-            stream = self._streams[Path(path).name] = _Measured(file)
+        with Path(path).open(mode) as file, _Measured(file) as stream:
+            self._streams[Path(path).name] = stream
             yield stream
 
 
 class _Measured(io.RawIOBase):
-    """A file, its length and checksum."""
+    """A file, its length and checksum; it goes to the disk while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._error: OSError | None = None
-        self._beside = ThreadPoolExecutor(1)
+        self._summing = ThreadPoolExecutor(1)
+        self._syncing = ThreadPoolExecutor(1)
+        self._latest: Future[None] | None = None
+        self._synced = 0
         self.length = 0
         self.checksum = 0
 
     def write(self, data: Any) -> int:
         large = len(data) >= _LARGE
-        summing = self._beside.submit(zlib.crc32, data, self.checksum) if large else None
+        summing = self._summing.submit(zlib.crc32, data, self.checksum) if large else None
         try:
             if self._error is None:
                 self._file.write(data)
@@ -219,6 +223,8 @@ class _Measured(io.RawIOBase):
             self._error = error
         self.checksum = zlib.crc32(data, self.checksum) if summing is None else summing.result()
         self.length += len(data)
+        if self.length - self._synced >= _AHEAD and (self._latest is None or self._latest.done()):
+            self._latest, self._synced = self._syncing.submit(self._sync), self.length
         return len(data)
 
     def tell(self) -> int:
@@ -232,3 +238,14 @@ class _Measured(io.RawIOBase):
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+    def close(self) -> None:
+        self._summing.shutdown()
+        self._syncing.shutdown()
+        super().close()  # which flushes
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError as error:  # told once: the sync at the end would not hear of it
+            self._error = error

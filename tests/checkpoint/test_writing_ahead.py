@@ -1,0 +1,85 @@
+"""A file goes to the disk while it is written, from memory that background saves keep."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mics_core as mics
+from mics_core import registry
+from mics_core.checkpoint import host_memory, writing
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_AHEAD", 1)
+
+
+def sharded(width: int = 8) -> nn.Module:
+    return mics.shard(nn.Linear(width, width), mics.Sharding.ddp())
+
+
+def test_bytes_reach_the_disk_before_all_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, sizes = os.fdatasync, []
+
+    def sync(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        real(file)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    model = mics.shard(nn.Linear(512, 1024), mics.Sharding.ddp())
+    mics.save(tmp_path / "step-1", model, None)
+    (whole,) = (path.stat().st_size for path in (tmp_path / "step-1").glob("*.distcp"))
+    assert sizes
+    assert min(sizes) < whole
+
+
+def test_an_error_of_an_early_sync_is_raised_though_the_last_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def sync(_: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        mics.save(tmp_path / "step-1", sharded(), None)
+    assert not (tmp_path / "step-1").exists()
+
+
+def test_background_saves_copy_to_the_same_memory_which_grows_with_what_is_saved(tmp_path: Path) -> None:
+    model = sharded()
+    optimizer = mics.AdamW(model.parameters())
+
+    def save(number: int, optimizer: torch.optim.Optimizer | None) -> Tensor:
+        mics.save(tmp_path / f"step-{number}", model, optimizer, background=True).wait()
+        return host_memory._held[registry.runtime_of(model, "test")]
+
+    first = save(1, None)
+    assert save(2, None) is first
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    larger = save(3, optimizer)
+    assert larger.numel() >= 2 * first.numel()
+    assert save(4, optimizer) is larger
+    assert save(5, None) is larger
+    mics.load(tmp_path / "step-4", model, optimizer)
+
+
+def test_the_memory_of_copies_goes_with_the_model(tmp_path: Path) -> None:
+    model = sharded()
+    before = len(host_memory._held)
+    mics.save(tmp_path / "step-1", model, None, background=True).wait()
+    assert len(host_memory._held) == before + 1
+    del model
+    gc.collect()
+    assert len(host_memory._held) <= before
