@@ -31,10 +31,11 @@ class Part:
 
 PARTS = (
     Part("host", ("bench.host",), 30),
-    Part("training", ("bench.training",), 60),
-    Part("links", ("bench.links",), 90, unavailable),
+    Part("training", ("bench.training",), 90),
+    Part("checkpoints", ("bench.checkpoints", "--megabytes", "1000"), 100),
+    Part("links", ("bench.links",), 85, unavailable),
     *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
-    Part("kernels", ("bench.kernels", "--threads", "1"), 150),
+    Part("kernels", ("bench.kernels", "--threads", "1"), 110),
 )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from bench import record
 from bench.cluster import Cluster, unavailable
 from bench.harness import Samples
-from bench.links import result
+from bench.ranks import result
 from bench.scenes import plots
 from bench.scenes.figures import WEAK, scene_table
-from bench.scenes.runtimes import left_out
+from bench.scenes.runtimes import DEEPSPEED_ON_CPUS, left_out
 from bench.scenes.table import SCENES, Scene
 
 RESULTS = record.RESULTS / "cluster"
@@ -28,11 +28,11 @@ def play(scene: Scene) -> dict[str, Any]:
     """Run one scene; RuntimeError if a rank fails, AssertionError if the variants disagree on the loss."""
     reasons = {name: reason for name in scene.variants if (reason := left_out(name))}
     scene = scene.without(set(reasons))
-    env = {"DS_ACCELERATOR": "cpu"} if "ZeRO-3" in scene.variants else {}
+    env = DEEPSPEED_ON_CPUS if "ZeRO-3" in scene.variants else {}
     begun = time.monotonic()
     with Cluster(scene.nodes, scene.rate_mbit, scene.latency_ms) as cluster:
-        words = ["-m", "bench.scenes.work", scene.write()]
-        outputs = cluster.torchrun(words, scene.ranks_per_node, env, timeout=120 + 5 * scene.budget).outputs
+        words = ["bench.scenes.work", scene.write()]
+        outputs = cluster.ranks(words, scene.ranks_per_node, env, timeout=120 + 5 * scene.budget).outputs
         fidelity = cluster.fidelity()
     cases: list[dict[str, Any]] = result(outputs)
     for case in cases:
