@@ -123,7 +123,7 @@ def test_the_launcher_names_a_rank_that_died_without_a_word(tmp_path: Path) -> N
 
 
 def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> None:
-    program = "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3)))\n"
+    program = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))\n"
     program += "open(f'{__file__}.{rank}', 'w').close()\n"
     program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
     program += "if rank == 0: print('ready', flush=True)\ntime.sleep(60)"

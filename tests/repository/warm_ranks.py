@@ -45,7 +45,7 @@ class WarmRanks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        self._process.communicate(timeout=PATIENCE)
 
     def run(self, *ranks: Sequence[str], program: str = "pretrain") -> Done:
         """Run the program with these command lines, one for each rank; alone it is plain python."""
