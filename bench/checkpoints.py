@@ -1,18 +1,19 @@
 """Checkpoints against the disk: save and load beside plain writes and reads of as many bytes, and what a background
 save costs the steps.
 
-    python -m bench.checkpoints [--megabytes 1000 --ranks 1 2]
+    python -m bench.checkpoints [--megabytes 200 --ranks 1 2]
 
-Every rank writes its share to one file: plainly, and as a checkpoint. Both end with the bytes on the disk (fsync).
-Reads are cold, of files whose pages the system was told to drop (posix_fadvise), and warm, of files just read. A plain
-read goes to memory that was there, as a load does, and checks nothing: so there are loads without checksums, too.
+Every rank writes its share to one file: plainly, and as a checkpoint. Both are files that were not there, and end with
+the bytes and their names on the disk (fsync). Reads are cold, of files whose pages the system was told to drop
+(posix_fadvise), and warm, of files just read. A plain read brings bytes to where a load does, weights to memory that is
+there and moments to memory that is new, and checks nothing: so there are loads without checksums, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ PEERS = {
 def judged(found: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Speeds, shares of the plain ones, and the cost of a background save."""
     samples = Samples(found["seconds"])
-    size, steps = found["bytes"], Samples(found["steps"])
+    size, steps = found["bytes"], Samples(found["background"]["seconds"])
     actions = {
         name: {
             "seconds": samples.spread(name),
@@ -43,8 +44,10 @@ def judged(found: Mapping[str, Any], count: int) -> dict[str, Any]:
         }
         for name in found["seconds"]
     }
-    background = {"without": steps.spread("without"), "with": steps.spread("with"), "bytes": found["steps_bytes"]}
-    background["ratio"] = steps.ratio("with", "without")
+    background = {name: steps.spread(name) for name in steps.seconds} | {
+        "bytes": found["background"]["bytes"],
+        "ratio": steps.ratio("with", "without"),
+    }
     return {"ranks": count, "bytes": size, "actions": actions, "background": background}
 
 
@@ -66,8 +69,9 @@ def checkpoints_note(rows: Sequence[Mapping[str, Any]]) -> str:
         steps, ratio = row["background"], row["background"]["ratio"]
         said.append(
             f"Ten steps on {row['ranks']} {'rank' if row['ranks'] == 1 else 'ranks'}, with a background save of "
-            f"{steps['bytes'] / 1e6:,.0f} MB in the first, take {ratio['value']:.2f} ({ratio['low']:.2f}-"
-            f"{ratio['high']:.2f}) of {steps['without']['median']:.1f} s."
+            f"{steps['bytes'] / 1e6:,.0f} MB in the first, take {ratio['value']:.3f} ({ratio['low']:.3f}-"
+            f"{ratio['high']:.3f}) of {steps['without']['median']:.2f} s without, medians of {steps['with']['rounds']} "
+            f"rounds; the save goes on for {steps['beyond']['median']:.2f} s after them."
         )
     return " ".join(said)
 
@@ -76,21 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--megabytes", type=float, default=200.0, help="of weights and optimizer state, of all ranks")
+    parser.add_argument("--rounds", type=int, default=3, help="of writing and reading")
     parser.add_argument("--steps-megabytes", type=float, default=100.0, help="likewise, of the model that trains")
+    parser.add_argument("--steps-rounds", type=int, default=7, help="of ten steps with a background save and without")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files are")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "cpu" / "checkpoints.json")
     options = parser.parse_args(arguments)
     words = ["python", "-m", "bench.checkpoints", *(sys.argv[1:] if arguments is None else arguments)]
     content = record.stamp(words, "cpu")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks
-    told = [str(options.megabytes), str(options.steps_megabytes), str(options.rounds), str(options.folder or "")]
+    told = map(str, (options.megabytes, options.rounds, options.steps_megabytes, options.steps_rounds))
     rows = []
-    for count in options.ranks:
-        print(f"checkpoints: {options.megabytes:g} MB from {count} ranks", file=sys.stderr, flush=True)
-        found = ranks.run(count, ["bench.checkpoints_work", *told], timeout=1200)
-        rows.append(record.plain(judged(found, count)))
+    with tempfile.TemporaryDirectory(prefix="mics-checkpoints-", dir=options.folder) as folder:
+        module = ["bench.checkpoints_work", folder, *told]
+        for count in options.ranks:
+            print(f"checkpoints: {options.megabytes:g} MB from {count} ranks", file=sys.stderr, flush=True)
+            rows.append(record.plain(judged(ranks.run(count, module, timeout=1200), count)))
     print(f"{checkpoints_table(rows)}\n\n{checkpoints_note(rows)}")
     print(f"saved {record.save(options.out, content | {'rows': rows})}")
     return 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # here, once: mics.shard imports it on every rank
 import torch.distributed as dist
 from torch import nn
 
@@ -21,7 +20,8 @@ from bench.ranks import report
 
 WIDTH = 1024
 BYTES = 12  # a parameter: master and two moments
-ROWS = 256  # of a step
+ROWS = 64  # of a step
+STEPS = 10
 
 
 def trained(megabytes: float) -> tuple[nn.Module, mics.AdamW, int]:
@@ -51,15 +51,29 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def write_plainly(path: Path, content: memoryview) -> None:
-    with path.open("wb", buffering=0) as file:
-        file.write(content)
+    """Write a file that was not there, and bring it and its entry in the folder to the disk."""
+    with path.open("xb", buffering=0) as file:
+        left = content
+        while left:  # one call writes 2 GB at most
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def read_plainly(path: Path, memory: memoryview) -> None:
+def read_plainly(path: Path, weights: memoryview) -> None:
+    """Read a file to where a load brings its bytes: weights to memory that is there, moments to memory that is new."""
     with path.open("rb", buffering=0) as file:
-        if file.readinto(memory) != len(memory):
-            raise RuntimeError(f"checkpoints: {path.name} was not read in one go, expected {len(memory)} bytes")
+        left = weights
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise RuntimeError(f"checkpoints: {path.name} ended early, expected at least {len(weights)} bytes")
+            left = left[count:]
+        file.readall()
 
 
 def make_cold(paths: Iterable[Path]) -> None:
@@ -73,18 +87,14 @@ def rates(megabytes: float, folder: Path, rounds: int) -> tuple[dict[str, list[f
     """Seconds of each action in every round, and the bytes that all ranks write or read in it."""
     model, optimizer, size = trained(megabytes)
     share = size // dist.get_world_size()
-    content = memoryview(torch.randn(share // 4).numpy()).cast("B")  # no disk makes less of it than of weights
-    memory = memoryview(bytearray(share))
+    content = memoryview(os.urandom(share))  # no disk makes less of it than of weights
+    weights = memoryview(bytearray(share // 3))
     plain, saved = folder / f"plain-{dist.get_rank()}", folder / "step"
-
-    def load(verify: bool) -> None:
-        mics.load(saved, model, optimizer, verify=verify)
-
     writes = {"plain write": lambda: write_plainly(plain, content), "save": lambda: mics.save(saved, model, optimizer)}
     reads = {
-        "plain read": lambda: read_plainly(plain, memory),
-        "load": lambda: load(True),
-        "load without checksums": lambda: load(False),
+        "plain read": lambda: read_plainly(plain, weights),
+        "load": lambda: mics.load(saved, model, optimizer),
+        "load without checksums": lambda: mics.load(saved, model, optimizer, verify=False),
     }
     warmths = [f"{name}, {how}" for name in reads for how in ("cold", "warm")]
     found: dict[str, list[float]] = {name: [] for name in (*writes, *warmths)}
@@ -96,48 +106,54 @@ def rates(megabytes: float, folder: Path, rounds: int) -> tuple[dict[str, list[f
             found[f"{name}, cold"].append(timed(reads[name]))
             found[f"{name}, warm"].append(timed(reads[name]))
         dist.barrier()
-        plain.unlink()
+        plain.unlink()  # the next round makes new files again
         if dist.get_rank() == 0:
             shutil.rmtree(saved)
     return found, size
 
 
-def background(megabytes: float, folder: Path, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of ten steps, with a background save begun in the first one and without; and the bytes of the save."""
+def background(megabytes: float, folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of ten steps, with a background save begun in the first one and without; its bytes; and how long it went
+    on after the ten steps, which is in none of their times.
+    """
     model, optimizer, size = trained(megabytes)
     x = torch.randn(ROWS, WIDTH)
-    found: dict[str, list[float]] = {"without": [], "with": []}
+    saved = folder / "behind"
+    found: dict[str, list[float]] = {"without": [], "with": [], "beyond": []}
+    saving: list[Any] = []
 
-    def ten(save: bool) -> None:
-        for number in range(10):
+    def without() -> None:
+        for _ in range(STEPS):
             step(model, optimizer, x)
-            if save and number == 0:
-                saving.append(mics.save(folder / "behind", model, optimizer, background=True))
 
+    def with_save() -> None:
+        step(model, optimizer, x)
+        saving.append(mics.save(saved, model, optimizer, background=True))
+        for _ in range(STEPS - 1):
+            step(model, optimizer, x)
+
+    ten = {"without": without, "with": with_save}
     for turn in range(rounds):
-        for name in order(list(found), turn):
-            saving: list[Any] = []
-            found[name].append(timed(lambda save=name == "with": ten(save)))  # type: ignore[misc]
-            for each in saving:
-                each.wait()
-    return found, size
+        for name in order(list(ten), turn):
+            found[name].append(timed(ten[name]))
+            if saving:
+                found["beyond"].append(timed(saving.pop().wait))
+                if dist.get_rank() == 0:
+                    shutil.rmtree(saved)
+    return {"seconds": found, "bytes": size}
 
 
 def main(words: Sequence[str]) -> None:
-    """Measure with so many MB, with so many MB while steps go on, in so many rounds, in a folder."""
-    megabytes, steps_megabytes, rounds, parent = float(words[0]), float(words[1]), int(words[2]), words[3]
+    """Measure in a folder: so many MB in so many rounds; then steps, with so many MB, in so many rounds."""
+    folder, megabytes, rounds, steps_megabytes, steps_rounds = words
     mics.init()
     torch.set_num_threads(1)
-    places = [tempfile.mkdtemp(prefix="mics-checkpoints-", dir=parent or None) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(places)
-    folder = Path(places[0])
-    try:
-        seconds, size = rates(megabytes, folder, rounds)
-        steps, steps_size = background(steps_megabytes, folder, rounds)
-        dist.barrier()
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder)
+    seconds, size = rates(float(megabytes), Path(folder), int(rounds))
+    beside = background(float(steps_megabytes), Path(folder), int(steps_rounds))
     if dist.get_rank() == 0:
-        report({"seconds": seconds, "bytes": size, "steps": steps, "steps_bytes": steps_size})
+        report({"seconds": seconds, "bytes": size, "background": beside})
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -187,15 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(out: Path, commit: str, seconds: float = TRAINING_SECONDS) -> bool:
     """Measure training steps on one GPU and on all, in processes of their own; whether that went well, and in time."""
     words = [sys.executable, "-m", "bench.training", "--seconds", "15", "--out", str(out), "--commit", commit]
-    with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as running:
+    with subprocess.Popen(words, cwd=ROOT) as running:
         try:
             return running.wait(timeout=seconds) == 0
         except subprocess.TimeoutExpired:
             print(f"training took longer than {seconds:.0f} s, so none of it is recorded", file=sys.stderr)
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
+            if running.poll() is None:
+                running.send_signal(signal.SIGINT)  # it ends its ranks, which a kill of it would leave on the GPUs
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ RANKS = 2
 
 def run(nodes: int, rate: float, latency: float, sizes: Sequence[float]) -> list[dict[str, Any]]:
     """A row for each size: the shares of the link that each transfer reached."""
-    words = ["bench.links_work", str(RANKS), *map(str, sizes)]
+    words = ["-m", "bench.links_work", str(RANKS), *map(str, sizes)]
     with Cluster(nodes, rate, latency) as cluster:
-        found = result(cluster.ranks(words, RANKS, timeout=600).outputs)
+        found = result(cluster.torchrun(words, RANKS, timeout=600).outputs)
     return [
         {"rate_mbit": rate, "megabytes": size, "share": {name: shares(each, name, rate) for name in ACTIONS}}
         for size, each in zip(sizes, found, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,3 +79,7 @@ def main(words: Sequence[str]) -> None:
     if dist.get_rank() == 0:
         report(found)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

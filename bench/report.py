@@ -148,7 +148,7 @@ def _training(records: Records) -> str:
 def _checkpoints(records: Records) -> str:
     found = records.get("cpu/checkpoints")
     if found is None:
-        return _missing(["checkpoints"], "python -m bench.checkpoints --megabytes 1000")
+        return _missing(["checkpoints"], "python -m bench.checkpoints")
     return f"{checkpoints_table(found['rows'])}\n\n{checkpoints_note(found['rows'])}\n{_made(found)}"
 
 

@@ -11,7 +11,6 @@ state: on a GPU as torch counts it, on a CPU how much more of the process was re
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,7 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = ["python", "-m", "bench.training", *(sys.argv[1:] if arguments is None else arguments)]
     content = record.stamp(words, device, options.commit)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks
     rows: list[Found] = []
     for count in options.ranks:
         models = tuple(options.models or defaults(count))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch._dynamo  # here, once: mics.shard imports it on every rank
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -183,3 +183,7 @@ def main(words: Sequence[str]) -> None:
         why = peak_memory.unmeasured(device)
         report({"peak": asdict(top), "left_out": {} if why is None else {"peak memory": why}, "models": found})
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -135,18 +135,11 @@ class Cluster:
         )
 
     def start(
-        self,
-        node: int,
-        program: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        stdout: Any = None,
-        *,
-        share_all: bool = False,
+        self, node: int, program: Sequence[str], env: Mapping[str, str] | None = None, stdout: Any = None
     ) -> subprocess.Popen[str]:
         """Start a program in a node. Terminated, it goes with everything that it started; so it does with the cluster.
 
-        It runs where and as the caller does, in the node's network and with process ids of the node's own. With
-        `share_all` it finds all nodes' namespaces open, to enter them.
+        It runs where and as the caller does, in the node's network and with process ids of the node's own.
         """
         namespace = self._namespace(node)
         self._running -= {running for running in self._running if running.poll() is not None}
@@ -156,7 +149,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=None if stdout is None else subprocess.STDOUT,
-            pass_fds=self._namespaces if share_all else [namespace],
+            pass_fds=[namespace],
             start_new_session=True,  # Ctrl-C is the owner's, who ends the nodes
             text=True,
         )
@@ -169,8 +162,6 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         timeout: float = 300.0,
         capture: bool = True,
-        *,
-        share_all: bool = False,
     ) -> Run:
         """Run one program in each node, the first in node 0, until all have ended.
 
@@ -185,8 +176,7 @@ class Cluster:
             nodes: list[subprocess.Popen[str]] = []
             try:
                 for node, program in enumerate(programs):
-                    output = printed[node] if capture else None
-                    nodes.append(self.start(node, program, env, output, share_all=share_all))
+                    nodes.append(self.start(node, program, env, printed[node] if capture else None))
                 failed = self._wait(nodes, begun + timeout)
             finally:
                 _terminate(nodes)
@@ -210,32 +200,12 @@ class Cluster:
     ) -> Run:
         """Run `torchrun ... argv` on every node, as on a real cluster: see `run`."""
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.links)}"]
+        # A port that no run before this one can still have.
         launch += [f"--nproc-per-node={ranks_per_node}", f"--master-addr={address(0)}"]
-        launch += [f"--master-port={self._port()}"]
+        launch += [f"--master-port={29500 + self._runs}"]
+        self._runs += 1
         programs = [[*launch, f"--node-rank={node}", *argv] for node in range(len(self.links))]
         return self.run(programs, env, timeout, capture)
-
-    def ranks(
-        self,
-        module: Sequence[str],
-        ranks_per_node: int = 1,
-        env: Mapping[str, str] | None = None,
-        timeout: float = 300.0,
-    ) -> Run:
-        """Run a module's `main` with its arguments as ranks, so many in each node: see `bench.ranks`, and `run`.
-
-        All are forked by one process of node 0, which prints what any of them does. So torch is imported once, where
-        torchrun needs it for every rank and every node; and they share one numbering of processes.
-        """
-        self._check_running()
-        launch = [sys.executable, "-m", "bench.ranks", f"--ranks={ranks_per_node}", f"--address={address(0)}"]
-        launch += [f"--port={self._port()}", f"--namespaces={','.join(map(str, self._namespaces))}"]
-        return self.run([[*launch, *module]], env, timeout, share_all=True)
-
-    def _port(self) -> int:
-        """One that no run before this one can still have."""
-        self._runs += 1
-        return 29499 + self._runs
 
     def _wait(self, nodes: Sequence[subprocess.Popen[str]], deadline: float) -> int | None:
         """Wait until all have ended, or until one has failed and the others had their grace: which one was first."""

@@ -23,6 +23,7 @@ def main(words: list[str]) -> NoReturn:
     if os.getppid() != owner:  # who died before the kernel knew what that means
         sys.exit(1)
     enter(namespace)
+    os.close(namespace)
     own_processes()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until there is an inner process to end
     inner = os.fork()
@@ -39,7 +40,7 @@ def main(words: list[str]) -> NoReturn:
 
 def _run(program: list[str]) -> int:
     try:
-        running = subprocess.Popen(program, close_fds=False)  # the namespaces are for the program, too
+        running = subprocess.Popen(program)
     except OSError as error:
         print(f"cannot run {program[0]}: {error}", file=sys.stderr, flush=True)
         return 127

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ def play(scene: Scene) -> dict[str, Any]:
     env = DEEPSPEED_ON_CPUS if "ZeRO-3" in scene.variants else {}
     begun = time.monotonic()
     with Cluster(scene.nodes, scene.rate_mbit, scene.latency_ms) as cluster:
-        words = ["bench.scenes.work", scene.write()]
-        outputs = cluster.ranks(words, scene.ranks_per_node, env, timeout=120 + 5 * scene.budget).outputs
+        words = ["-m", "bench.scenes.work", scene.write()]
+        outputs = cluster.torchrun(words, scene.ranks_per_node, env, timeout=120 + 5 * scene.budget).outputs
         fidelity = cluster.fidelity()
     cases: list[dict[str, Any]] = result(outputs)
     for case in cases:
         check_losses(case["variants"])
         add_spreads(case["variants"])
     took = time.monotonic() - begun
-    return {"scene": scene, "left_out": reasons, "took": took, "switch": fidelity, "cases": cases}
+    versions = {"deepspeed": version("deepspeed")} if "ZeRO-3" in scene.variants else {}
+    told = {"scene": scene, "left_out": reasons, "versions": versions}
+    return told | {"took": took, "switch": fidelity, "cases": cases}
 
 
 def check_losses(variants: Mapping[str, Mapping[str, Any]]) -> None:

@@ -43,7 +43,7 @@ LEARNING_RATE, LARGEST_NORM = 1e-3, 1.0
 DEEPSPEED_ON_CPUS = {"DS_ACCELERATOR": "cpu"}
 """What DeepSpeed must find in its environment, where there may be no GPU."""
 
-OPTIONS: Mapping[str, Mapping[str, int]] = {
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "flat": {"ranks_per_node": 1},
     "no-prefetch": {"prefetch_bytes": 0},
     "no-overlap": {},

@@ -66,8 +66,8 @@ _PEERS = Scene(
     "peers-100",
     "A step against the peers, nothing to hide behind: all is the wire",
     (*PEERS, *OURS),
-    budget=180,
-    micro_steps=(1, 4, 8),
+    budget=125,
+    micro_steps=(1, 4),
     width=288,
     rounds=3,
 )
@@ -89,7 +89,7 @@ _WEAK = Scene(
 
 SCENES = (
     _PEERS,
-    replace(_PEERS, name="peers-400", rate_mbit=400.0, budget=75),
+    replace(_PEERS, name="peers-400", rate_mbit=400.0, budget=70),
     Scene(
         "peers-large",
         "A step of a larger model, of which the cores are a smaller part",
@@ -102,7 +102,7 @@ SCENES = (
         "stand-in",
         "How near to the limit, with a stand-in for the computation",
         ("HSDP 4", "mics 4,4,4", "mics 2,2,4", "mics 2,2,8", "mics 2,2,2", "mics 1,1,1"),
-        budget=85,
+        budget=95,
         stand_in=COMPUTE,
         steps=2,
         rounds=3,
@@ -111,7 +111,7 @@ SCENES = (
         "hierarchy",
         "A partition group on two nodes: gathers that know the nodes against flat ones",
         ("mics 4,4,4 flat", "mics 4,4,4", "HSDP 4"),
-        budget=45,
+        budget=55,
         rounds=3,
     ),
     Scene(
@@ -119,12 +119,12 @@ SCENES = (
         "Gradients between replicas once a step against once a micro-step",
         ("mics 2,8,8", "mics 2,2,8"),
         budget=40,
-        micro_steps=(1, 4, 8),
+        micro_steps=(1, 4),
     ),
     _WEAK,
     replace(_WEAK, name="weak-2", nodes=2, budget=50),
-    replace(_WEAK, name="weak-4", nodes=4, budget=55),
-    replace(_WEAK, name="weak-8", nodes=8, budget=65),
+    replace(_WEAK, name="weak-4", nodes=4, budget=70),
+    replace(_WEAK, name="weak-8", nodes=8, budget=105),
     Scene(
         "ablation",
         "Each mechanism off in turn, with a stand-in for the computation",
@@ -136,7 +136,7 @@ SCENES = (
             "mics 4,4,8 no-overlap",
             "mics 4,4,4",
         ),
-        budget=55,
+        budget=65,
         stand_in=COMPUTE,
         rounds=3,
     ),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch._dynamo  # here, once: mics.shard imports it on every rank
 import torch.distributed as dist
 from torch import Tensor
 
@@ -113,3 +113,7 @@ def main(words: Sequence[str]) -> None:
     if dist.get_rank() == 0:
         report(found)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

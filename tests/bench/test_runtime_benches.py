@@ -1,6 +1,7 @@
 """Each benchmark of the runtime runs from end to end, small, and writes what it measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import checkpoints, links, training
+from bench import checkpoints, checkpoints_work, links, training
 from bench.checkpoints import PEERS, checkpoints_note, checkpoints_table
 from bench.cluster import unavailable
 from bench.links import links_table, shares
@@ -107,7 +108,7 @@ def test_training_is_judged_on_medians_and_not_at_all_if_losses_differ() -> None
 
 def test_checkpoints_are_set_against_plain_writes_and_reads_of_as_many_bytes(tmp_path: Path) -> None:
     out = tmp_path / "checkpoints.json"
-    small = ["--megabytes", "13", "--steps-megabytes", "13", "--rounds", "1", "--ranks", "2"]
+    small = ["--megabytes", "13", "--rounds", "1", "--steps-megabytes", "13", "--steps-rounds", "1", "--ranks", "2"]
     assert checkpoints.main([*small, "--folder", str(tmp_path), "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["bytes"] == 12 * 1024**2
@@ -118,13 +119,26 @@ def test_checkpoints_are_set_against_plain_writes_and_reads_of_as_many_bytes(tmp
     assert "with a background save of 13 MB in the first" in checkpoints_note([row])
 
 
+def test_a_plain_write_makes_a_new_file_and_a_plain_read_reads_all_of_it(tmp_path: Path) -> None:
+    path, content, weights = tmp_path / "plain", os.urandom(3000), bytearray(1000)
+    checkpoints_work.write_plainly(path, memoryview(content))
+    assert path.read_bytes() == content
+    checkpoints_work.read_plainly(path, memoryview(weights))
+    assert weights == content[:1000]
+    with pytest.raises(FileExistsError):
+        checkpoints_work.write_plainly(path, memoryview(content))
+    with pytest.raises(RuntimeError, match="plain ended early, expected at least 3001 bytes"):
+        checkpoints_work.read_plainly(path, memoryview(bytearray(3001)))
+
+
 def test_a_share_of_the_disk_is_one_of_speeds() -> None:
     seconds = {name: [1.0] for name in PEERS.values()} | {name: [2.0] for name in PEERS}
-    found = {"seconds": seconds, "bytes": 3e9, "steps": {"without": [1.0], "with": [1.5]}, "steps_bytes": 1}
-    row = checkpoints.judged(found, 2)
+    steps = {"seconds": {"without": [1.0], "with": [1.5], "beyond": [0.25]}, "bytes": 1}
+    row = checkpoints.judged({"seconds": seconds, "bytes": 3e9, "background": steps}, 2)
     assert row["actions"]["save"]["share"].value == 0.5
     assert row["actions"]["save"]["gb_per_s"] == 1.5
     assert row["background"]["ratio"].value == 1.5
+    assert row["background"]["beyond"].median == 0.25
 
 
 @needs_nodes
@@ -141,6 +155,6 @@ def test_transfers_between_nodes_are_set_against_their_link(tmp_path: Path) -> N
 def test_a_link_that_is_busy_half_of_the_time_has_a_share_of_one_half() -> None:
     found = {"sent_by_node": {"climb": 1_000_000}, "seconds": {"climb": [0.2, 0.08, 0.16]}}
     share = shares(found, "climb", rate=100.0)
-    assert share == {"least": 0.4, "median": 0.5, "most": 1.0, "rounds": 3}
+    assert share == pytest.approx({"least": 0.4, "median": 0.5, "most": 1.0, "rounds": 3})
     row = {"rate_mbit": 100.0, "megabytes": 1.0, "share": dict.fromkeys(("descend", "climb", "sync"), share)}
     assert "0.500 (0.400-1.000)" in links_table([row])
