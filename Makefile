@@ -55,14 +55,14 @@ bench-kernels: setup ## Measure each kernel against the best torch idiom for the
 bench-host: setup ## Measure what the runtime costs the host for each unit, against FSDP2.
 	@$(PY) -m bench.host $(ARGS)
 
-bench-training: setup ## Measure a training step on one rank, against plain PyTorch.
+bench-training: setup ## Measure training steps on this machine, against plain PyTorch, DDP and FSDP2.
 	@$(PY) -m bench.training $(ARGS)
 
 bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root).
 	@$(PY) -m bench.links $(ARGS)
 
 bench-peers: setup ## Measure a training step on emulated nodes against the peers (needs root).
-	@$(PY) -m bench.scenes peers-100 peers-400 $(ARGS)
+	@$(PY) -m bench.scenes peers-100 peers-400 peers-large $(ARGS)
 
 bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root).
 	@$(PY) -m bench.scenes $(ARGS)

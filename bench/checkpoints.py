@@ -1,113 +1,103 @@
-"""Checkpoints against the disk: GB/s of save and load beside a plain write and read, and what a background save costs.
+"""Checkpoints against the disk: save and load beside plain writes and reads of as many bytes, and what a background
+save costs the steps.
 
-    python -m bench.checkpoints [--megabytes 200]
+    python -m bench.checkpoints [--megabytes 200 --ranks 1 2]
 
-One rank. Each round writes and reads as many bytes plainly, saves and loads, one after the other; a plain write ends
-with the bytes on the disk, as a save does. Steps are timed with a background save under way and without.
+Every rank writes its share to one file: plainly, and as a checkpoint. Both are files that were not there, and end with
+the bytes and their names on the disk (fsync). Reads are cold, of files whose pages the system was told to drop
+(posix_fadvise), and warm, of files just read. A plain read brings bytes to where a load does, weights to memory that is
+there and moments to memory that is new, and checks nothing: so there are loads without checksums, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-import torch
-from torch import nn
+from bench import ranks, record
+from bench.harness import Samples
 
-import mics_core as mics
-from bench import record
-
-WIDTH = 1024
-BYTES = 12  # a parameter: master and two moments
-
-
-def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+PEERS = {
+    "save": "plain write",
+    "load, cold": "plain read, cold",
+    "load, warm": "plain read, warm",
+    "load without checksums, cold": "plain read, cold",
+    "load without checksums, warm": "plain read, warm",
+}
+"""What each is compared with."""
 
 
-def write_plainly(path: Path, content: memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def rates(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """GB/s of each, in every round."""
-    size = BYTES * sum(parameter.numel() for parameter in model.parameters())
-    content = memoryview(bytearray(os.urandom(1 << 20)) * (size >> 20))
-    plain, saved = folder / "plain", folder / "step"
-    actions: dict[str, Callable[[], object]] = {
-        "plain write": lambda: write_plainly(plain, content),
-        "save": lambda: mics.save(saved, model, optimizer),
-        "plain read": plain.read_bytes,
-        "load": lambda: mics.load(saved, model, optimizer),
+def judged(found: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Speeds, shares of the plain ones, and the cost of a background save."""
+    samples = Samples(found["seconds"])
+    size, steps = found["bytes"], Samples(found["background"]["seconds"])
+    actions = {
+        name: {
+            "seconds": samples.spread(name),
+            "gb_per_s": size / samples.spread(name).median / 1e9,
+            # Over the plain one's speed, not its time.
+            "share": samples.ratio(PEERS[name], name) if name in PEERS else None,
+        }
+        for name in found["seconds"]
     }
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(rounds + 1):
-        for name, action in actions.items():
-            seconds = timed(action)
-            if turn:  # the first round allocates
-                found[name].append(size / seconds / 1e9)
-        plain.unlink()
-        shutil.rmtree(saved)
-    return found
+    background = {name: steps.spread(name) for name in steps.seconds} | {
+        "bytes": found["background"]["bytes"],
+        "ratio": steps.ratio("with", "without"),
+    }
+    return {"ranks": count, "bytes": size, "actions": actions, "background": background}
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of ten steps, with a background save begun in the first of them and without."""
-    x = torch.randn(256, WIDTH)
-    found: dict[str, list[float]] = {"without": [], "with a save": []}
+def checkpoints_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown, from a record."""
+    texts = []
+    for row in rows:
+        for name, each in row["actions"].items():
+            share = each["share"]
+            told = "" if share is None else f"{share['value']:.2f} ({share['low']:.2f}-{share['high']:.2f})"
+            texts.append([str(row["ranks"]), name, f"{each['gb_per_s']:.2f}", told])
+    return record.table(["ranks", "", "GB/s", "of the plain one"], texts)
 
-    def ten(save: bool) -> None:
-        for number in range(10):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if save and number == 0:
-                mics.save(folder / "behind", model, optimizer, background=True)
 
-    for turn in range(rounds + 1):
-        for name in found:
-            seconds = timed(lambda save=name != "without": ten(save))  # type: ignore[misc]
-            if turn:
-                found[name].append(seconds)
-            mics.save(folder / "waits", model, optimizer)  # for the one behind
-    return found
+def checkpoints_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much was written, and what a background save costs."""
+    said = [f"{rows[0]['bytes'] / 1e6:,.0f} MB of weights and optimizer state."]
+    for row in rows:
+        steps, ratio = row["background"], row["background"]["ratio"]
+        said.append(
+            f"Ten steps on {row['ranks']} {'rank' if row['ranks'] == 1 else 'ranks'}, with a background save of "
+            f"{steps['bytes'] / 1e6:,.0f} MB in the first, take {ratio['value']:.3f} ({ratio['low']:.3f}-"
+            f"{ratio['high']:.3f}) of {steps['without']['median']:.2f} s without, medians of {steps['with']['rounds']} "
+            f"rounds; the save goes on for {steps['beyond']['median']:.2f} s after them."
+        )
+    return " ".join(said)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--megabytes", type=float, default=200.0, help="of weights and optimizer state")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=200.0, help="of weights and optimizer state, of all ranks")
+    parser.add_argument("--rounds", type=int, default=3, help="of writing and reading")
+    parser.add_argument("--steps-megabytes", type=float, default=100.0, help="likewise, of the model that trains")
+    parser.add_argument("--steps-rounds", type=int, default=7, help="of ten steps with a background save and without")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files are")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "cpu" / "checkpoints.json")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    layers = max(1, round(options.megabytes * 1e6 / BYTES / WIDTH**2))
-    model = mics.shard(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers))), mics.Sharding.ddp())
-    optimizer = mics.AdamW(model.parameters())
-    with tempfile.TemporaryDirectory(prefix="mics-checkpoints-") as name:
-        behind = steps(model, optimizer, Path(name), options.rounds)
-        found = rates(model, optimizer, Path(name), options.rounds)
-    middle = {action: median(speeds) for action, speeds in found.items()}
-    print(record.table(["", "GB/s"], [[action, f"{speed:.2f}"] for action, speed in middle.items()]))
-    shares = {"save": middle["save"] / middle["plain write"], "load": middle["load"] / middle["plain read"]}
-    cost = median(behind["with a save"]) / median(behind["without"]) - 1
-    print(f"\nsave runs at {shares['save']:.2f} of a plain write, load at {shares['load']:.2f} of a plain read")
-    print(f"ten steps with a background save take {cost:+.1%} of the time of ten steps without")
     words = ["python", "-m", "bench.checkpoints", *(sys.argv[1:] if arguments is None else arguments)]
-    content = record.stamp(words, "cpu") | {"gb_per_s": found, "shares": shares, "ten_steps": behind, "cost": cost}
-    print(f"saved {record.save(options.out, content)}")
+    content = record.stamp(words, "cpu")
+    told = map(str, (options.megabytes, options.rounds, options.steps_megabytes, options.steps_rounds))
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mics-checkpoints-", dir=options.folder) as folder:
+        module = ["bench.checkpoints_work", folder, *told]
+        for count in options.ranks:
+            print(f"checkpoints: {options.megabytes:g} MB from {count} ranks", file=sys.stderr, flush=True)
+            rows.append(record.plain(judged(ranks.run(count, module, timeout=1200), count)))
+    print(f"{checkpoints_table(rows)}\n\n{checkpoints_note(rows)}")
+    print(f"saved {record.save(options.out, content | {'rows': rows})}")
     return 0
 
 

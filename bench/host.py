@@ -89,7 +89,7 @@ def run(seconds: float) -> Samples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="to spend on measuring")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "cpu" / "host.json")
     options = parser.parse_args(arguments)

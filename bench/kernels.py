@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = default_device()
-    bench = Bench(device, seconds=(0.1 if options.quick else 1.2) if device.type == "cpu" else 0.4)
+    bench = Bench(device, seconds=(0.1 if options.quick else 0.8) if device.type == "cpu" else 0.4)
     words = ["python", "-m", "bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
     record = stamp(words, device)
     if device.type == "cpu" and record["load"] > 0.5:

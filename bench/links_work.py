@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import mics_core as mics
+from bench.ranks import report
 from mics_core.comm import World
 from mics_core.ladder import Ladder, Route
 from mics_core.ledger import Tally
 from mics_core.topology import Rungs, Topology
 from mics_kernels import accumulate
 
-REPEATS = 4  # transfers behind each other, as a step's units are
+REPEATS = 2  # transfers behind each other, as a step's units are
 ROUNDS = 5
 
 
@@ -51,27 +52,34 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     return actions, sent
 
 
-def main(megabytes: float, per_node: int) -> None:
+def measure(elements: int, per_node: int) -> dict[str, Any]:
+    """The seconds of each transfer in every round, and the bytes that a node sends in it."""
+    actions, sent = transfers(elements, per_node)
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(ROUNDS):
+        for name, action in actions.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            for _ in range(REPEATS):
+                action()
+            passed = torch.tensor((time.perf_counter() - begun) / REPEATS)
+            dist.all_reduce(passed, dist.ReduceOp.MAX)
+            seconds[name].append(passed.item())
+    return {"seconds": seconds, "sent_by_node": {name: per_node * bytes for name, bytes in sent.items()}}
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure with buffers of so many MB, one size after the other, on nodes of so many ranks."""
+    per_node, *sizes = words
     mics.init()
     torch.set_num_threads(1)
     multiple = 64 * dist.get_world_size()
-    elements = round(megabytes * 1e6 / 4) // multiple * multiple
-    actions, sent = transfers(elements, per_node)
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
     with torch.no_grad():
-        for _ in range(ROUNDS):
-            for name, action in actions.items():
-                dist.barrier()
-                begun = time.perf_counter()
-                for _ in range(REPEATS):
-                    action()
-                passed = torch.tensor((time.perf_counter() - begun) / REPEATS)
-                dist.all_reduce(passed, dist.ReduceOp.MAX)
-                seconds[name].append(passed.item())
+        found = [measure(round(float(size) * 1e6 / 4) // multiple * multiple, int(per_node)) for size in sizes]
     if dist.get_rank() == 0:
-        print("RESULT", json.dumps({"seconds": seconds, "sent_by_node": {n: s * per_node for n, s in sent.items()}}))
+        report(found)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1:])

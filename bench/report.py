@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.checkpoints import checkpoints_note, checkpoints_table
+from bench.links import links_table
 from bench.record import RESULTS, ROOT, load, table
-from bench.scenes.figures import WEAK, goals_table, scene_table, weak_table
+from bench.scenes.figures import WEAK, goals_table, scene_table, weak_note, weak_table
 from bench.scenes.table import SCENES
+from bench.training import training_note, training_table
 
 PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.S)
@@ -76,7 +79,7 @@ def _weak(records: Records) -> str:
     scenes = _scenes(records)
     if missing := [name for name in WEAK if name not in scenes]:
         return _missing(missing, f"python -m bench.scenes {' '.join(missing)}")
-    return f"{weak_table(scenes)}\n{_made(*[scenes[name] for name in WEAK])}"
+    return f"{weak_table(scenes)}\n\n{weak_note(scenes)}\n{_made(*[scenes[name] for name in WEAK])}"
 
 
 def _goals(records: Records) -> str:
@@ -130,24 +133,23 @@ def _links(records: Records) -> str:
     found = records.get("cpu/links")
     if found is None:
         return _missing(["links"], "python -m bench.links")
-    actions = ("descend", "climb", "sync")
-    rows = [
-        [f"{row['rate_mbit']:g}", f"{row['megabytes']:g}", *[f"{row['share'][action]:.3f}" for action in actions]]
-        for row in found["rows"]
-    ]
-    return f"{table(['Mbit/s', 'MB', *actions], rows)}\n{_made(found)}"
+    return f"{links_table(found['rows'])}\n{_made(found)}"
 
 
 def _training(records: Records) -> str:
-    lines = []
-    for name, found in records.items():
-        if name.endswith("/training"):
-            rows = [
-                [variant, f"{1e3 * got['step']['median']:.1f}", f"{got['tokens_per_s']:,.0f}", f"{got['mfu']:.1%}"]
-                for variant, got in found["variants"].items()
-            ]
-            lines.append(f"{table([found['model'], 'ms a step', 'tokens/s', 'MFU'], rows)}\n{_made(found)}")
-    return "\n\n".join(lines) or _missing(["training"], "python -m bench.training")
+    tables = [
+        f"{training_table(found['rows'])}\n\n{training_note(found)}\n{_made(found)}"
+        for name, found in records.items()
+        if name.endswith("/training")
+    ]
+    return "\n\n".join(tables) or _missing(["training"], "python -m bench.training")
+
+
+def _checkpoints(records: Records) -> str:
+    found = records.get("cpu/checkpoints")
+    if found is None:
+        return _missing(["checkpoints"], "python -m bench.checkpoints")
+    return f"{checkpoints_table(found['rows'])}\n\n{checkpoints_note(found['rows'])}\n{_made(found)}"
 
 
 TABLES: Mapping[str, Callable[[Records], str]] = {
@@ -158,6 +160,7 @@ TABLES: Mapping[str, Callable[[Records], str]] = {
     "host": _host,
     "links": _links,
     "training": _training,
+    "checkpoints": _checkpoints,
     **{scene.name: _scene(scene.name) for scene in SCENES},
 }
 

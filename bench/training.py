@@ -1,148 +1,166 @@
-"""What the runtime costs a whole training step on one rank: tokens/s and MFU of a GPT, against plain PyTorch.
+"""Training on one machine: tokens/s, MFU and peak memory of a GPT and a BERT under ours and under PyTorch's runtimes.
 
-    python -m bench.training [--model gpt-1.3b --precision bf16 --samples 4 --seq 2048]
+    python -m bench.training [--models gpt-1.3b bert-large --ranks 1 8 --precision bf16 --tokens 8192 --seq 2048]
 
-Both take the same micro-batches, with AdamW and a clipped norm; the steps are interleaved. With bf16 plain PyTorch
-keeps float32 weights and computes under autocast, which is what it offers for the same arithmetic.
+On one rank against plain PyTorch, on several against DDP and FSDP2 of the same degree. All take the same micro-batches,
+clip the norm and step with AdamW, in turns. With bf16 plain PyTorch and DDP keep float32 weights and compute under
+autocast, which is what they offer for the same arithmetic. Peak memory is that of a step, with weights and optimizer
+state: on a GPU as torch counts it, on a CPU how much more of the process was resident than before the model was made.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import mics_core as mics
-from bench import record
-from bench.harness import HostTimer, Samples, Variant, measure
-from mics_models import GPT, GPTConfig
-from mics_models.configs import GPTS
-from mics_models.training.peak import Peak, peak
+from bench import ranks, record
+from bench.harness import Samples
+from bench.training_work import MODELS, Job, variants
 
-SMALL = GPTConfig(vocab=512, context=256, layers=6, width=256, heads=4, kv_heads=4, hidden=1024)
-"""For a CPU."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""How far losses may differ."""
 
-Step = Callable[[], torch.Tensor]
+LARGEST_SHARE = 0.6
+"""Of a GPU's memory, for states; activations need room, too."""
 
-
-def plain(config: GPTConfig, batches: Sequence[torch.Tensor], precision: str, device: torch.device) -> Step:
-    """PyTorch alone."""
-    torch.manual_seed(0)
-    with device:
-        model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    compute = nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
-
-    def step() -> torch.Tensor:
-        for tokens in batches:
-            with compute:
-                loss = model(tokens[:, :-1], tokens[:, 1:])
-            (loss / len(batches)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+Found = dict[str, Any]
 
 
-def ours(config: GPTConfig, batches: Sequence[torch.Tensor], precision: str, device: torch.device) -> Step:
-    """The runtime, in a world of one rank."""
-    torch.manual_seed(0)
-    with device:
-        model = mics.shard(GPT(config), mics.Sharding.ddp(), precision=getattr(mics.Precision, precision)())
-    optimizer = mics.AdamW(model.parameters(), lr=1e-4)
-
-    def step() -> torch.Tensor:
-        for tokens in mics.accumulate(model, batches):
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-            (loss / len(batches)).backward()
-        mics.clip_grad_norm_(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+def fitting(models: Sequence[str], memory: int, ranks: int) -> str | None:
+    """The first of these models whose states fit on a GPU under all runtimes at once, as they must to take turns."""
+    copies = 2 if ranks == 1 else 2.5 + 4 / ranks  # of 16 bytes a parameter: two runtimes cut nothing, three do
+    return next((name for name in models if 16 * MODELS[name].num_params() * copies < LARGEST_SHARE * memory), None)
 
 
-VARIANTS = {"plain PyTorch": plain, "mics": ours}
+def defaults(count: int) -> list[str]:
+    """A GPT and a BERT that make sense on so many ranks of this machine."""
+    if not torch.cuda.is_available():
+        return ["gpt-small", "bert-small"]
+    memory = torch.cuda.get_device_properties(0).total_memory
+    chosen = [fitting(names, memory, count) for names in (("gpt-1.3b", "gpt2-350m", "gpt2-124m"), ("bert-large",))]
+    return [name for name in chosen if name is not None]
 
 
-def run(
-    config: GPTConfig, shape: tuple[int, int, int], precision: str, device: torch.device, seconds: float
-) -> tuple[Samples, dict[str, int]]:
-    """Seconds of a step of each, and the bytes of GPU memory that each needed; they must agree on the loss."""
-    micro_steps, samples, seq = shape
-    random = torch.Generator(device).manual_seed(1)
-    size = (micro_steps, samples, seq + 1)
-    batches = list(torch.randint(config.vocab, size, device=device, generator=random).unbind())
-    on_gpu = device.type == "cuda"
-    steps, losses, memory = {}, {}, {}
-    for name, make in VARIANTS.items():
-        before = torch.cuda.memory_allocated(device) if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        steps[name] = make(config, batches, precision, device)
-        losses[name] = [steps[name]().item() for _ in range(3)]
-        memory[name] = torch.cuda.max_memory_allocated(device) - before if on_gpu else 0
-    first, second = (torch.tensor(found) for found in losses.values())
-    if (first - second).abs().max() > (1e-4 if precision == "fp32" else 3e-2):
-        raise AssertionError(f"training: the variants disagree on the loss: {losses}")
-    timer = HostTimer(after=(lambda: torch.cuda.synchronize(device)) if on_gpu else lambda: None)
-    return measure({name: Variant(step) for name, step in steps.items()}, timer, seconds), memory
+def run(job: Job, count: int) -> tuple[list[Found], Found]:
+    """What was found of every model on so many ranks, and what else the ranks reported."""
+    told = ranks.run(count, ["bench.training_work", job.write()], timeout=120 + 10 * job.seconds * len(job.models))
+    rows = [
+        {"model": name, "ranks": count, "variants": judged(found, job, name, told["peak"]["flops"], count)}
+        for name, found in told.pop("models").items()
+    ]
+    return rows, told
+
+
+def judged(found: Mapping[str, Found], job: Job, model: str, peak: float, count: int) -> dict[str, Found]:
+    """Speeds and ratios; AssertionError if the variants disagree on a loss."""
+    losses = torch.tensor([each["losses"] for each in found.values()], dtype=torch.float64)
+    if not (losses - losses[0]).abs().max() <= TOLERANCE[job.precision]:  # nor is a NaN near anything
+        told = {name: each["losses"] for name, each in found.items()}
+        raise AssertionError(f"training: the variants disagree on the loss of {model}, so no time counts: {told}")
+    samples = Samples({name: each["seconds"] for name, each in found.items()})
+    rows = {}
+    for name, peer in variants(count).items():
+        spread = samples.spread(name)
+        speed = count * job.micro_steps * job.tokens / spread.median
+        rows[name] = {
+            "step": spread,
+            "tokens_per_s": speed,
+            "mfu": speed * MODELS[model].flops_per_token(job.shape(model)[-1]) / (count * peak),
+            "memory": found[name]["memory"],
+            "peer": peer,
+            "times_as_fast": samples.ratio(peer, name) if peer else None,
+        }
+    return rows
+
+
+def training_table(rows: Sequence[Found]) -> str:
+    """As Markdown, from a record."""
+    header = [
+        "",
+        "ranks",
+        "",
+        "ms a step",
+        "10-90 %",
+        "tokens/s",
+        "MFU",
+        "peak memory, MB",
+        "times as fast as",
+    ]
+    texts = []
+    for row in rows:
+        for name, each in row["variants"].items():
+            step, ratio = each["step"], each["times_as_fast"]
+            texts.append(
+                [
+                    row["model"],
+                    str(row["ranks"]),
+                    name,
+                    f"{1e3 * step['median']:.1f}",
+                    f"{1e3 * step['p10']:.1f}-{1e3 * step['p90']:.1f}",
+                    f"{each['tokens_per_s']:,.0f}",
+                    f"{each['mfu']:.1%}",
+                    "" if each["memory"] is None else f"{each['memory'] / 1e6:,.0f}",
+                    f"{ratio['value']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f}) {each['peer']}" if ratio else "",
+                ]
+            )
+    return record.table(header, texts)
+
+
+def training_note(found: Mapping[str, Any]) -> str:
+    """What MFU is a share of."""
+    return f"MFU is of {found['peak']['flops'] / 1e12:.3g} TFLOP/s a rank, {found['peak']['source']}."
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's words."""
+    gpus = torch.cuda.device_count()
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: by the memory of a GPU, or small")
+    parser.add_argument("--ranks", type=int, nargs="+", default=sorted({1, gpus}) if gpus else [1, 2])
+    parser.add_argument("--precision", choices=list(TOLERANCE), default="bf16" if gpus else "fp32")
+    parser.add_argument("--micro-steps", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192 if gpus else 256, help="of a micro-step, on each rank")
+    parser.add_argument("--seq", type=int, default=2048 if gpus else 128, help="at most; a model's context is less")
+    parser.add_argument("--checkpoint-blocks", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, for each model and number of ranks")
+    parser.add_argument("--commit", default="", help="the commit, where the tree was copied without its history")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m bench.training", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", choices=["small", *GPTS], default="small")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--micro-steps", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=4, help="of a micro-step")
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--checkpoint-blocks", action="store_true")
-    parser.add_argument("--seconds", type=float, default=30.0, help="to spend on measuring")
-    parser.add_argument("--commit", default="", help="the commit, where the tree was copied without its history")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    options = parser.parse_args(arguments)
-    device = mics.init()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    config = SMALL if options.model == "small" else GPTS[options.model]
-    config = replace(config, checkpoint_blocks=options.checkpoint_blocks)
-    shape = (options.micro_steps, options.samples, options.seq)
-    samples, memory = run(config, shape, options.precision, device, options.seconds)
-    top: Peak = peak(device, torch.bfloat16 if options.precision == "bf16" else torch.float32, 0.0)
-    tokens = options.micro_steps * options.samples * options.seq
-    rows, found = [], {}
-    for name in VARIANTS:
-        seconds = samples.spread(name).median
-        mfu = tokens * config.flops_per_token(options.seq) / seconds / top.flops
-        found[name] = {
-            "step": samples.spread(name),
-            "tokens_per_s": tokens / seconds,
-            "mfu": mfu,
-            "memory": memory[name],
-        }
-        rows.append(
-            [name, f"{1e3 * seconds:.1f}", f"{tokens / seconds:,.0f}", f"{mfu:.1%}", f"{memory[name] / 1e9:.1f}"]
-        )
-    ratio = samples.ratio("mics", "plain PyTorch")
-    print(record.table(["", "ms a step", "tokens/s", "MFU", "GPU memory, GB"], rows))
-    print(f"\nmics takes {ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f}) of plain PyTorch's time")
-    print(f"MFU is of {top.flops / 1e12:.3g} TFLOP/s: {top.source}")
+    options = parsed(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = ["python", "-m", "bench.training", *(sys.argv[1:] if arguments is None else arguments)]
-    content: dict[str, Any] = record.stamp(words, device, options.commit)
-    content |= {"model": options.model, "shape": shape, "precision": options.precision, "peak": top}
-    content |= {"variants": found, "mics_over_plain": ratio}
-    print(f"saved {record.save(options.out / record.folder(device) / 'training.json', content)}")
+    content = record.stamp(words, device, options.commit)
+    rows: list[Found] = []
+    for count in options.ranks:
+        models = tuple(options.models or defaults(count))
+        print(f"training: {', '.join(models)} on {count} ranks", file=sys.stderr, flush=True)
+        job = Job(
+            models,
+            options.micro_steps,
+            options.tokens,
+            options.seq,
+            options.precision,
+            options.checkpoint_blocks,
+            options.seconds,
+        )
+        found, told = run(job, count)
+        rows += found
+        content |= told
+    print(training_table(record.plain(rows)))
+    print(f"\n{training_note(content)}")
+    for what, reason in content["left_out"].items():
+        print(f"left out: {what}: {reason}", file=sys.stderr)
+    content |= {"precision": options.precision, "micro_steps": options.micro_steps, "tokens": options.tokens}
+    print(f"saved {record.save(options.out / record.folder(device) / 'training.json', content | {'rows': rows})}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Training steps on emulated clusters: the peers and every mechanism of ours, in scenes that one table lists.
 
-python -m bench.scenes                     # all of them: about 12 minutes on 2 quiet cores; needs root
+python -m bench.scenes                     # all of them: about 13 minutes on 2 quiet cores; needs root
 python -m bench.scenes peers-100 ablation  # some
 
 model.py     the model that all train, and the timed wait that can stand in for its computation

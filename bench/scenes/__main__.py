@@ -9,16 +9,17 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench import record
 from bench.cluster import Cluster, unavailable
 from bench.harness import Samples
-from bench.links import result
+from bench.ranks import result
 from bench.scenes import plots
 from bench.scenes.figures import WEAK, scene_table
-from bench.scenes.runtimes import left_out
+from bench.scenes.runtimes import DEEPSPEED_ON_CPUS, left_out
 from bench.scenes.table import SCENES, Scene
 
 RESULTS = record.RESULTS / "cluster"
@@ -28,7 +29,7 @@ def play(scene: Scene) -> dict[str, Any]:
     """Run one scene; RuntimeError if a rank fails, AssertionError if the variants disagree on the loss."""
     reasons = {name: reason for name in scene.variants if (reason := left_out(name))}
     scene = scene.without(set(reasons))
-    env = {"DS_ACCELERATOR": "cpu"} if "ZeRO-3" in scene.variants else {}
+    env = DEEPSPEED_ON_CPUS if "ZeRO-3" in scene.variants else {}
     begun = time.monotonic()
     with Cluster(scene.nodes, scene.rate_mbit, scene.latency_ms) as cluster:
         words = ["-m", "bench.scenes.work", scene.write()]
@@ -39,7 +40,9 @@ def play(scene: Scene) -> dict[str, Any]:
         check_losses(case["variants"])
         add_spreads(case["variants"])
     took = time.monotonic() - begun
-    return {"scene": scene, "left_out": reasons, "took": took, "switch": fidelity, "cases": cases}
+    versions = {"deepspeed": version("deepspeed")} if "ZeRO-3" in scene.variants else {}
+    told = {"scene": scene, "left_out": reasons, "versions": versions}
+    return told | {"took": took, "switch": fidelity, "cases": cases}
 
 
 def check_losses(variants: Mapping[str, Mapping[str, Any]]) -> None:

@@ -54,6 +54,7 @@ def weak(records: Mapping[str, Found], path: Path) -> None:
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("nodes of 2 ranks, the same work on each")
     axes.set_ylabel("speed kept of that on 2 nodes")
+    axes.set_title("Weak scaling, a timed wait in place of computation", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

@@ -1,5 +1,6 @@
 """A training step under each runtime, by the name that tables show, and the bytes that each one holds for it.
 
+    plain PyTorch          a world of one rank
     DDP                    PyTorch's, gradients in views of its buckets, summed in the last micro-step
     FSDP2 full             cut over all ranks
     FSDP2 reshard N        the same, between forward and backward only over N ranks
@@ -16,7 +17,13 @@ All clip the norm and step with AdamW. FSDP2 gathers the next unit in advance, i
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,18 +40,41 @@ from bench.scenes.model import ROWS
 
 Make = Callable[[], nn.Module]
 LEARNING_RATE, LARGEST_NORM = 1e-3, 1.0
-OPTIONS: Mapping[str, Mapping[str, int]] = {
+DEEPSPEED_ON_CPUS = {"DS_ACCELERATOR": "cpu"}
+"""What DeepSpeed must find in its environment, where there may be no GPU."""
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "flat": {"ranks_per_node": 1},
     "no-prefetch": {"prefetch_bytes": 0},
     "no-overlap": {},
 }
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What the runtimes of a comparison share."""
+
+    device: torch.device
+    precision: str = "fp32"  # or bf16, of the computation; weights and the optimizer's state are float32 in any case
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """How runtimes that leave precision to torch compute in it."""
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
+
+    def fsdp(self) -> MixedPrecisionPolicy:
+        """How FSDP2 does; gradients travel in it, too."""
+        return MixedPrecisionPolicy(param_dtype=None if self.precision == "fp32" else torch.bfloat16)
+
+    def mics(self) -> mics.Precision:
+        """How ours does, likewise."""
+        return mics.Precision.fp32() if self.precision == "fp32" else mics.Precision.bf16()
+
+
 class Runtime(Protocol):
     """One way to train."""
 
-    def accumulate(self, batches: Sequence[Tensor]) -> float:
-        """Forward and backward of all micro-batches; the loss."""
+    def accumulate(self, batches: Sequence[Tensor]) -> Tensor:
+        """Forward and backward of all micro-batches; the loss, for which nobody waits."""
 
     def update(self) -> None:
         """Clip and step."""
@@ -56,29 +86,48 @@ class Runtime(Protocol):
         """Between `accumulate` and `update`: bytes of parameters, gradients and optimizer state on this rank."""
 
 
+ON_CPUS = Terms(torch.device("cpu"))
+
+
 def left_out(name: str) -> str | None:
     """Why a runtime cannot run here; None if it can."""
-    if name == "ZeRO-3" and importlib.util.find_spec("deepspeed") is None:
+    return _no_deepspeed() if name == "ZeRO-3" else None
+
+
+@cache
+def _no_deepspeed() -> str | None:
+    """Tried in a process of its own: what it lacks shows when it is imported, and its import changes torch."""
+    if importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed"
-    return None
+    tried = subprocess.run(
+        [sys.executable, "-c", "import deepspeed"],
+        env=os.environ | DEEPSPEED_ON_CPUS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"deepspeed cannot be imported: {tried.stderr.splitlines()[-1]}" if tried.returncode else None
 
 
-def runtime(name: str, make: Make) -> Runtime:
-    """The runtime of this name."""
+def runtime(name: str, make: Make, terms: Terms = ON_CPUS) -> Runtime:
+    """The runtime of this name; `make` is called where the model should be."""
     kind, *rest = name.split()
-    match kind, *rest:
-        case ["DDP"]:
-            return _DDP(make)
-        case ["FSDP2", "full"]:
-            return _FSDP2(make, dist.get_world_size(), reshard=True)
-        case ["FSDP2", "reshard", ranks]:
-            return _FSDP2(make, dist.get_world_size(), reshard=int(ranks))
-        case ["HSDP", ranks]:
-            return _FSDP2(make, int(ranks), reshard=True)
-        case ["ZeRO-3"]:
-            return _ZeRO3(make)
-        case ["mics", degrees, *options] if set(options) <= set(OPTIONS):
-            return Ours(make, mics.Sharding(*map(int, degrees.split(","))), options)
+    with terms.device:
+        match kind, *rest:
+            case ["plain", "PyTorch"]:
+                return _Torch(make(), terms, autocast=True)
+            case ["DDP"]:
+                return _ddp(make(), terms)
+            case ["FSDP2", "full"]:
+                return _fsdp2(make(), terms, dist.get_world_size(), reshard=True)
+            case ["FSDP2", "reshard", ranks]:
+                return _fsdp2(make(), terms, dist.get_world_size(), reshard=int(ranks))
+            case ["HSDP", ranks]:
+                return _fsdp2(make(), terms, int(ranks), reshard=True)
+            case ["ZeRO-3"]:
+                return _ZeRO3(make())
+            case ["mics", degrees, *options] if set(options) <= set(OPTIONS):
+                return Ours(make(), terms, mics.Sharding(*map(int, degrees.split(","))), options)
     raise ValueError(f"runtime: got {name!r}, expected a name such as 'HSDP 4' or 'mics 2,2,4 flat'")
 
 
@@ -99,21 +148,25 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return storage([*parameters, *(parameter.grad for parameter in parameters), *kept])
 
 
+def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+
+
 class Ours:
     """mics."""
 
-    def __init__(self, make: Make, sharding: mics.Sharding, options: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, terms: Terms, sharding: mics.Sharding, options: Sequence[str]) -> None:
         self.marked = "no-overlap" not in options
         told = {key: value for option in options for key, value in OPTIONS[option].items()}
-        self.model = mics.shard(make(), sharding, **told)
+        self.model = mics.shard(model, sharding, precision=terms.mics(), **told)
         self._optimizer = mics.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
-    def accumulate(self, batches: Sequence[Tensor]) -> float:
-        total = 0.0
+    def accumulate(self, batches: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=batches[0].device)
         for batch in mics.accumulate(self.model, batches) if self.marked else batches:
             loss = self.model(batch) / len(batches)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def update(self) -> None:
@@ -129,20 +182,24 @@ class Ours:
 
 
 class _Torch:
-    """What DDP and FSDP2 have in common; `last` tells them that the last micro-step comes."""
+    """What plain PyTorch, DDP and FSDP2 have in common; `last` tells them whether the last micro-step comes."""
 
-    def __init__(self, model: nn.Module, last: Callable[[bool], None]) -> None:
+    def __init__(
+        self, model: nn.Module, terms: Terms, *, autocast: bool, last: Callable[[bool], None] = lambda _: None
+    ) -> None:
         self._model = model
+        self._compute = terms.autocast() if autocast else nullcontext()
         self._last = last
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        self._optimizer = _adamw(model.parameters())
 
-    def accumulate(self, batches: Sequence[Tensor]) -> float:
-        total = 0.0
+    def accumulate(self, batches: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=batches[0].device)
         for number, batch in enumerate(batches, 1):
             self._last(number == len(batches))
-            loss = self._model(batch) / len(batches)
+            with self._compute:
+                loss = self._model(batch) / len(batches)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def update(self) -> None:
@@ -157,47 +214,44 @@ class _Torch:
         return _state(self._model, self._optimizer)
 
 
-class _DDP(_Torch):
-    def __init__(self, make: Make) -> None:
-        model = DistributedDataParallel(make(), gradient_as_bucket_view=True)
+def _ddp(whole: nn.Module, terms: Terms) -> _Torch:
+    model = DistributedDataParallel(whole, gradient_as_bucket_view=True)
 
-        def last(is_last: bool) -> None:
-            model.require_backward_grad_sync = is_last
+    def last(is_last: bool) -> None:
+        model.require_backward_grad_sync = is_last
 
-        super().__init__(model, last)
+    return _Torch(model, terms, autocast=True, last=last)
 
 
-class _FSDP2(_Torch):
-    def __init__(self, make: Make, shard: int, *, reshard: bool | int) -> None:
-        world = dist.get_world_size()
-        if shard == world:
-            mesh = init_device_mesh("cpu", (world,))
-        else:
-            mesh = init_device_mesh("cpu", (world // shard, shard), mesh_dim_names=("replicate", "shard"))
-        model = make()
-        blocks: Any = model.blocks
-        for block in blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
-        assert isinstance(model, FSDPModule)
-        for one, other in pairwise(blocks):
-            one.set_modules_to_forward_prefetch([other])
-            other.set_modules_to_backward_prefetch([one])
+def _fsdp2(model: nn.Module, terms: Terms, shard: int, *, reshard: bool | int) -> _Torch:
+    world = dist.get_world_size()
+    if shard == world:
+        mesh = init_device_mesh(terms.device.type, (world,))
+    else:
+        mesh = init_device_mesh(terms.device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+    blocks: Any = model.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=terms.fsdp())
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=terms.fsdp())
+    assert isinstance(model, FSDPModule)
+    for one, other in pairwise(blocks):
+        one.set_modules_to_forward_prefetch([other])
+        other.set_modules_to_backward_prefetch([one])
+    if terms.device.type == "cpu":  # where a prefetch overlaps with nothing otherwise
         for module in (model, *blocks):
-            module._set_unshard_async_op(True)  # on a CPU a prefetch overlaps with nothing otherwise
-        super().__init__(model, model.set_requires_all_reduce)
+            module._set_unshard_async_op(True)
+    return _Torch(model, terms, autocast=False, last=model.set_requires_all_reduce)
 
 
 class _ZeRO3:
-    """DeepSpeed's stage 3, an optional extra."""
+    """DeepSpeed's stage 3, where it is installed."""
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, model: nn.Module) -> None:
         import deepspeed  # type: ignore[import-not-found]
 
-        model = make()
         blocks: Any = model.blocks
         unit = sum(parameter.numel() for parameter in blocks[0].parameters())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        optimizer = _adamw(model.parameters())
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": 1,
@@ -220,15 +274,15 @@ class _ZeRO3:
         )
         self._optimizer = optimizer
 
-    def accumulate(self, batches: Sequence[Tensor]) -> float:
+    def accumulate(self, batches: Sequence[Tensor]) -> Tensor:
         self._engine.set_train_batch_size(ROWS * len(batches) * dist.get_world_size())
-        total = 0.0
+        total = torch.zeros(())
         for number, batch in enumerate(batches, 1):
             # It would count micro-steps from the first one ever, however many a step has now.
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
             loss = self._engine(batch)
             self._engine.backward(loss)
-            total += loss.item() / len(batches)
+            total += loss.detach() / len(batches)
             if number < len(batches):
                 self._engine.step()  # which only counts here
         return total

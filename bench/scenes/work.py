@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,28 +16,41 @@ from torch import Tensor
 import mics_core as mics
 from bench.cluster import traffic
 from bench.harness import order
+from bench.ranks import report
 from bench.scenes.limit import bytes_leaving, limit, unit_times
 from bench.scenes.model import ROWS, Model
 from bench.scenes.runtimes import Ours, Runtime, runtime
 from bench.scenes.table import Scene
 
 
-def turn(variant: Runtime, batches: Sequence[Tensor], steps: int) -> tuple[float, int, float]:
-    """Seconds and sent bytes of a step, from `steps` in a row to the end of all they started; and the last loss."""
+@dataclass(frozen=True)
+class Turn:
+    """What a step took, as the mean of several in a row, to the end of all they started."""
+
+    seconds: float  # on the slowest rank
+    sent: int  # bytes that this rank's node sent
+    losses: float  # the mean of all ranks, in the last one
+    busy: float  # the share of the machine's cores that the ranks kept busy
+
+
+def turn(variant: Runtime, batches: Sequence[Tensor], steps: int) -> Turn:
+    """Take some steps in a row."""
     dist.barrier()
-    before, begun = traffic().sent, time.perf_counter()
-    loss = 0.0
+    before, worked, begun = traffic().sent, time.process_time(), time.perf_counter()
     for _ in range(steps):
         loss = variant.accumulate(batches)
         variant.update()
     variant.finish()
     passed = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
+    work = torch.tensor(time.process_time() - worked, dtype=torch.float64)
     dist.barrier()  # or the node's other ranks may still be sending
     moved = traffic().sent - before
-    mean = torch.tensor(loss / dist.get_world_size(), dtype=torch.float64)
+    mean = loss.double() / dist.get_world_size()
     dist.all_reduce(passed, dist.ReduceOp.MAX)
     dist.all_reduce(mean)
-    return passed.item() / steps, moved // steps, mean.item()
+    dist.all_reduce(work)
+    busy = work.item() / (passed.item() * len(os.sched_getaffinity(0)))
+    return Turn(passed.item() / steps, moved // steps, mean.item(), busy)
 
 
 def warm_up(variant: Runtime, batches: Sequence[Tensor]) -> int:
@@ -76,12 +90,11 @@ def run(scene: Scene) -> list[dict[str, Any]]:
     cases = []
     for micro_steps in scene.micro_steps:
         found: dict[str, dict[str, Any]] = {
-            name: {"seconds": [], "sent": [], "losses": [], "held": held[name]} for name in variants
+            name: {"seconds": [], "sent": [], "losses": [], "busy": [], "held": held[name]} for name in variants
         }
         for number in range(scene.rounds):
             for name in order(list(variants), number):
-                seconds, sent, loss = turn(variants[name], batches[:micro_steps], scene.steps)
-                for key, value in (("seconds", seconds), ("sent", sent), ("losses", loss)):
+                for key, value in asdict(turn(variants[name], batches[:micro_steps], scene.steps)).items():
                     found[name][key].append(value)
         for name, variant in variants.items():
             most_sent = torch.tensor(found[name]["sent"])
@@ -92,14 +105,15 @@ def run(scene: Scene) -> list[dict[str, Any]]:
     return cases
 
 
-def main(scene: Scene) -> None:
+def main(words: Sequence[str]) -> None:
+    """Play the scene that `Scene.write` wrote."""
     mics.init()
     torch.set_num_threads(1)
-    found = run(scene)
+    found = run(Scene.read(words[0]))
     if dist.get_rank() == 0:
-        print("RESULT", json.dumps(found), flush=True)
+        report(found)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Scene.read(sys.argv[1]))
+    main(sys.argv[1:])

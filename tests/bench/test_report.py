@@ -78,6 +78,18 @@ def test_all_parts_together_take_less_than_twenty_minutes() -> None:
     assert sum(part.seconds for part in PARTS) <= 20 * 60
 
 
+def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(every, "left_out", lambda name: f"{name} is not there")
+    monkeypatch.setattr(every.torch.cuda, "is_available", lambda: False)
+    assert every.missing() == {
+        "ZeRO-3": "left out: ZeRO-3 is not there",
+        "GPUs": "left out: torch finds none here, so all runs on the CPU",
+    }
+    monkeypatch.setattr(every, "left_out", lambda _: None)
+    monkeypatch.setattr(every.torch.cuda, "is_available", lambda: True)
+    assert every.missing() == {}
+
+
 def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         every.main(["nothing"])

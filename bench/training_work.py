@@ -1,0 +1,189 @@
+"""What training.py runs on every rank: the same steps of a model under all runtimes, a turn of each after the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import mics_core as mics
+from bench import peak_memory
+from bench.harness import order
+from bench.ranks import report
+from bench.scenes.runtimes import Runtime, Terms, runtime
+from mics_models import BERT, BERTS, GPT, GPTS, BERTConfig, GPTConfig
+from mics_models.training.peak import peak
+
+MODELS: Mapping[str, GPTConfig | BERTConfig] = {
+    "gpt-small": GPTConfig(vocab=1024, context=256, layers=4, width=256, heads=4, kv_heads=4, hidden=1024),
+    "bert-small": BERTConfig(vocab=1024, context=256, layers=4, width=256, heads=4, hidden=1024),
+    **GPTS,
+    **BERTS,
+}
+"""The small ones are for CPUs."""
+
+MASKED = 0.15  # of a BERT's tokens
+
+FEWEST, MOST = 5, 100
+"""Rounds."""
+
+IN_A_ROW = 2
+"""Steps between two looks at the clock: what a step leaves to the next one can hide behind it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, and how long."""
+
+    models: tuple[str, ...]
+    micro_steps: int
+    tokens: int  # of a micro-step, on each rank
+    seq: int  # at most
+    precision: str
+    checkpoint_blocks: bool
+    seconds: float  # of measuring, for each model
+
+    def shape(self, model: str) -> tuple[int, int, int]:
+        """Micro-steps, samples of one, tokens of a sample."""
+        seq = min(self.seq, MODELS[model].context)
+        return self.micro_steps, max(1, self.tokens // seq), seq
+
+    def write(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Job:
+        """What `write` wrote."""
+        told = json.loads(text)
+        return cls(**told | {"models": tuple(told["models"])})
+
+
+def variants(ranks: int) -> dict[str, str]:
+    """The runtimes for so many ranks, and for each of ours the peer that it is compared with."""
+    if ranks == 1:
+        return {"plain PyTorch": "", "mics 1,1,1": "plain PyTorch"}
+    ours = {f"mics 1,1,{ranks}": "DDP", "mics 1,1,1": "DDP", f"mics {ranks},{ranks},{ranks}": "FSDP2 full"}
+    return {"DDP": "", "FSDP2 full": "", **ours}
+
+
+class Loss(nn.Module):
+    """A model of one tensor: [2, B, T], the tokens and their targets."""
+
+    def __init__(self, config: GPTConfig | BERTConfig) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        # Nothing here uses the head that tells whether a sentence follows, and DDP waits for all gradients.
+        self.model = GPT(config) if isinstance(config, GPTConfig) else BERT(replace(config, next_sentence=False))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The units."""
+        return self.model.blocks
+
+    def forward(self, batch: Tensor) -> Tensor:
+        loss: Tensor = self.model(batch[0], targets=batch[1])
+        return loss
+
+
+def micro_batches(
+    config: GPTConfig | BERTConfig, shape: tuple[int, int, int], rank: int, device: torch.device
+) -> list[Tensor]:
+    """Random tokens; the next ones are a GPT's targets, and those that are masked a BERT's."""
+    chance = torch.Generator().manual_seed(rank)
+    *outer, seq = shape
+    tokens = torch.randint(config.vocab - 1, (*outer, seq + 1), generator=chance)
+    if isinstance(config, GPTConfig):
+        pair = tokens[..., :-1], tokens[..., 1:]
+    else:
+        tokens = tokens[..., 1:]
+        masked = torch.rand(tokens.shape, generator=chance) < MASKED
+        masked[..., 0] = True  # a loss of no token is none
+        pair = tokens.masked_fill(masked, config.vocab - 1), tokens.masked_fill(~masked, -100)
+    return list(torch.stack(pair, 1).to(device).unbind())
+
+
+def turn(variant: Runtime, batches: Sequence[Tensor], device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, on the slowest rank; the mean of the ranks' last losses."""
+    _all_there(device)
+    begun = time.perf_counter()
+    for _ in range(IN_A_ROW):
+        loss = variant.accumulate(batches)
+        variant.update()
+    variant.finish()
+    _complete(device)
+    passed = torch.tensor((time.perf_counter() - begun) / IN_A_ROW, dtype=torch.float64)
+    mean = (loss / dist.get_world_size()).double().cpu()
+    dist.all_reduce(passed, dist.ReduceOp.MAX)
+    dist.all_reduce(mean)
+    return passed.item(), mean.item()
+
+
+def _all_there(device: torch.device) -> None:
+    _complete(device)
+    dist.all_reduce(torch.zeros(1))  # gloo's, also where there are GPUs
+
+
+def _complete(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warm_up(variant: Runtime, batches: Sequence[Tensor], device: torch.device) -> tuple[float, list[float], int | None]:
+    """The first steps: seconds of the last one, the losses, and the most memory that a rank needed in the last turn."""
+    _, first = turn(variant, batches, device)  # it allocates and connects
+    measurable = peak_memory.unmeasured(device) is None
+    if measurable:
+        peak_memory.forget(device)
+    seconds, second = turn(variant, batches, device)
+    return seconds, [first, second], peak_memory.highest(device) if measurable else None
+
+
+def measure(name: str, job: Job, device: torch.device) -> dict[str, Any]:
+    """Seconds, losses and memory of every runtime."""
+    config = replace(MODELS[name], checkpoint_blocks=job.checkpoint_blocks)
+    batches = micro_batches(config, job.shape(name), dist.get_rank(), device)
+    names, terms = list(variants(dist.get_world_size())), Terms(device, job.precision)
+    for variant in names:  # what a runtime loads and keeps once, whatever the model, is no model's memory
+        runtime(variant, lambda: Loss(replace(config, layers=1, width=32 * config.heads)), terms).accumulate(
+            batches[:1]
+        )
+    made: dict[str, Runtime] = {}
+    found: dict[str, dict[str, Any]] = {}
+    round_seconds = 0.0
+    for variant in names:
+        before = peak_memory.held(device)
+        made[variant] = runtime(variant, lambda: Loss(config), terms)
+        seconds, losses, highest = warm_up(made[variant], batches, device)
+        most = torch.tensor(0 if highest is None else highest - before)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found[variant] = {"seconds": [], "losses": losses, "memory": None if highest is None else int(most.item())}
+        round_seconds += IN_A_ROW * seconds
+    for number in range(max(FEWEST, min(MOST, round(job.seconds / round_seconds)))):
+        for variant in order(names, number):
+            found[variant]["seconds"].append(turn(made[variant], batches, device)[0])
+    return found
+
+
+def main(words: Sequence[str]) -> None:
+    job = Job.read(words[0])
+    device = mics.init()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    top = peak(device, torch.bfloat16 if job.precision == "bf16" else torch.float32, 0.0)
+    found = {name: measure(name, job, device) for name in job.models}
+    if dist.get_rank() == 0:
+        why = peak_memory.unmeasured(device)
+        report({"peak": asdict(top), "left_out": {} if why is None else {"peak memory": why}, "models": found})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
