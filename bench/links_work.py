@@ -34,10 +34,10 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     mine = buffer[begin:end]
 
     def descend() -> None:
-        ladder.descend(Route.SLOW, "descend", mine, buffer, top, per_node)
+        ladder.descend(Route.FALL, "descend", mine, buffer, top, per_node)
 
     def climb() -> None:
-        accumulate(mine, ladder.climb(Route.SLOW, "climb", buffer, per_node, top), overwrite=True)
+        accumulate(mine, ladder.climb(Route.RISE, "climb", buffer, per_node, top), overwrite=True)
 
     def sync() -> None:
         climb()

@@ -40,7 +40,7 @@ class Case:
 
 
 EVERYWHERE = Sharding.ddp().resolve(1)
-"""With these degrees the slow route has a group for every step."""
+"""With these degrees the slow routes have a group for every step."""
 
 
 def there_and_back(case: Case) -> dict[str, bool]:
@@ -52,7 +52,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     buffer = case.partial(rank)
     below = 1
     for degree in ladder.rungs.degrees:
-        parts = ladder.climb(Route.SLOW, "up", buffer, below, degree)
+        parts = ladder.climb(Route.RISE, "up", buffer, below, degree)
         piece = torch.empty(size // degree, dtype=case.dtype)
         accumulate(piece, parts, overwrite=True)
         begin, end = ladder.range(size, degree)
@@ -67,7 +67,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
-        ladder.descend(Route.SLOW, "down", buffer, whole, high, degree)
+        ladder.descend(Route.FALL, "down", buffer, whole, high, degree)
         result[f"descend to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
@@ -79,11 +79,11 @@ def straight_down_and_up(case: Case) -> dict[str, bool]:
     size = case.size
     top = ladder.rungs.degrees[-1]
     buffer = case.partial(ladder.rank)
-    parts = ladder.climb(Route.SLOW, "up", buffer, 1, top)
+    parts = ladder.climb(Route.RISE, "up", buffer, 1, top)
     begin, end = ladder.range(size, top)
     mine = buffer[begin:end]
     accumulate(mine, parts, overwrite=True)
-    ladder.descend(Route.SLOW, "down", mine, buffer, top, 1)
+    ladder.descend(Route.FALL, "down", mine, buffer, top, 1)
     sent = {action: sum(t.bytes for (name, _), t in tally.links.items() if name == action) for action in ("up", "down")}
     # However many rungs: each rank sends what it does not keep, and what the others do not have, once.
     least = (case.world - 1) * case.pieces * buffer.itemsize

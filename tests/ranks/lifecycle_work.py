@@ -14,6 +14,7 @@ from mics_core.gather import Residence
 from mics_core.ladder import Route
 from mics_core.lanes import Ticket
 from mics_core.reduce import Gradient
+from mics_core.topology import Link
 
 WIDTH = 6
 FIRST, MIDDLE, LAST = range(3)
@@ -150,15 +151,18 @@ class Walk:
         ladder = self.runtime.ladder
         send = ladder.send
 
-        def listening(route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
+        def listening(
+            route: Route, link: Link, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()
+        ) -> Ticket:
             action, _, unit = what.partition(" of ")
-            routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}}
-            routes |= {rare: {Route.SLOW, Route.GATHER} for rare in ("comparing", "full_params")}
-            assert route in routes.get(action, {Route.SLOW}), (route, what)
+            routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}, "hop 2": {Route.RISE, Route.FALL}}
+            routes |= {rare: {Route.FALL, Route.GATHER} for rare in ("comparing", "full_params")}
+            assert route in routes.get(action, {Route.FALL}), (route, what)
             for number, sent in enumerate(self.sent):
-                if (action == "full_params" and action not in sent) or unit == f"blocks.{number}":
+                # Once, however many lanes it takes.
+                if action not in sent and (action == "full_params" or unit == f"blocks.{number}"):
                     sent.append(action)
-            return send(route, what, job, after)
+            return send(route, link, what, job, after)
 
         ladder.send = listening  # type: ignore[method-assign]
         for teller in (self.model, *self.model.blocks):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from enum import Enum
 
 from mics_core.errors import LifecycleError
-from mics_core.ladder import Ladder, Route
+from mics_core.ladder import Ladder, Route, Way
 from mics_core.lanes import DONE, Ticket
 from mics_core.sharding import Sharding
 from mics_core.shards import Shards
@@ -111,27 +111,19 @@ class Gatherer:
         if low == high:
             return
 
-        def descend() -> None:
-            for part in gathered.shards:
-                if part.trained:
-                    self._ladder.descend(Route.SLOW, "refresh", part.refreshed, part.shard, high, low)
-
-        gathered.refreshed = self._ladder.send(Route.SLOW, f"refresh of {gathered.unit}", descend)
+        way = Way(Route.FALL, f"refresh of {gathered.unit}", "refresh", low, high)
+        for part in gathered.shards:
+            if part.trained:
+                gathered.refreshed = self._ladder.send_down(way, part.refreshed, part.shard)
         if gathered.rests:
             gathered.arrival = gathered.refreshed
             gathered.residence = Residence.COMING
 
     def _start(self, gathered: Gathered) -> None:
+        way = Way(Route.GATHER, f"gather of {gathered.unit}", "gather", 1, self._sharding.params)
         for part in gathered.shards:
             part.allocate()
-
-        def descend() -> None:
-            for part in gathered.shards:
-                self._ladder.descend(Route.GATHER, "gather", part.shard, part.incoming, self._sharding.params, 1)
-
-        gathered.arrival = self._ladder.send(
-            Route.GATHER, f"gather of {gathered.unit}", descend, after=[gathered.refreshed]
-        )
+            gathered.arrival = self._ladder.send_down(way, part.shard, part.incoming, after=[gathered.refreshed])
         gathered.residence = Residence.COMING
         self.bytes += gathered.bytes
         self.peak = max(self.peak, self.bytes)

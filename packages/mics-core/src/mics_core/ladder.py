@@ -5,34 +5,52 @@
     sync      O -> W and back: the same sum on all replicas, with as few bytes between nodes as can be
 
 Both directions work in place: my piece at a degree is a range of my piece at any lower one.
+
+A way that leaves the nodes has two stages on two lanes: while one unit is between nodes, another is inside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
 import torch
 
-from mics_core.comm import World
-from mics_core.lanes import Ticket
+from mics_core.comm import Group, World
+from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Sharding
-from mics_core.topology import Rungs
+from mics_core.topology import Link, Rungs
 from mics_kernels import accumulate
 
 
 class Route(Enum):
-    """What goes side by side: each route has a lane, and groups that nothing else uses."""
+    """What goes side by side: each has a lane inside nodes and one between them, and groups that nothing else uses."""
 
     GATHER = "gather"
     HOP1 = "hop 1"
-    SLOW = "slow"  # refresh, hop 2, sync: what goes above P
+    RISE = "hop 2"
+    FALL = "sync, refresh"
+
+
+Finish = Callable[[list[torch.Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Between two degrees, the lower one first; what it is for, in errors and in the ledger."""
+
+    route: Route
+    what: str
+    action: str
+    low: int
+    high: int
 
 
 class Ladder:
-    """The rungs of a sharding, with a lane for each route and a process group for each of its steps on this rank."""
+    """The rungs of a sharding, with lanes for each route and a process group for each of its steps on this rank."""
 
     def __init__(self, rungs: Rungs, sharding: Sharding, world: World, tally: Tally) -> None:
         self.rungs = rungs
@@ -40,20 +58,25 @@ class Ladder:
         self._tally = tally
         self._names = [rungs.name(step) for step in rungs.steps(1, world.size)]
         self._params = sharding.params
-        self._lanes = {route: world.lane(route.value, urgent=route is Route.GATHER) for route in Route}
         spans = {
             Route.GATHER: (1, sharding.params),
             Route.HOP1: (1, sharding.grads),
-            Route.SLOW: (sharding.params, world.size),
+            Route.RISE: (sharding.grads, world.size),
+            Route.FALL: (sharding.params, world.size),
         }
-        self._groups = {
-            (route, step): world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {route.value}")
-            for route, span in spans.items()
-            for step in rungs.steps(*span)
-        }
+        self._lanes: dict[tuple[Route, Link], Lane] = {}
+        self._groups: dict[tuple[Route, int], Group] = {}
+        for route, span in spans.items():
+            for step in rungs.steps(*span):
+                link = rungs.link(step)
+                name = self._track(route, link)
+                self._lanes[route, link] = world.lane(f"{name}, {link.value}", urgent=route is Route.GATHER)
+                self._groups[route, step] = world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {name}")
 
-    def send(self, route: Route, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()) -> Ticket:
-        """Do a job that uses a route's groups, after all before it on this route; its errors tell what it was."""
+    def send(
+        self, route: Route, link: Link, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()
+    ) -> Ticket:
+        """Do a job that uses a route's groups, after all before it on its lane; its errors tell what it was."""
 
         def named() -> None:
             try:
@@ -61,7 +84,32 @@ class Ladder:
             except RuntimeError as error:
                 raise RuntimeError(f"{what} failed on rank {self.rank}: {error}") from error
 
-        return self._lanes[route].submit(named, after)
+        return self._lanes[route, link].submit(named, after)
+
+    def send_up(self, way: Way, buffer: torch.Tensor, finish: Finish, after: Sequence[Ticket] = ()) -> Ticket:
+        """Hand a climb to its lanes; `finish` gets the parts that add up to mine, on the last of them."""
+        *stages, (low, high) = self.rungs.stages(way.low, way.high)
+        for below, above in stages:
+            begin, end = self.range(buffer.numel() * below, above, within=below)
+            mine = buffer[begin:end]
+            job = partial(self._climb_and_add, way, buffer, mine, below, above)
+            after = [self.send(way.route, self.link_above(below), way.what, job, after)]
+            buffer = mine
+
+        def last() -> None:
+            finish(self.climb(way.route, way.action, buffer, low, high))
+
+        return self.send(way.route, self.link_above(low), way.what, last, after)
+
+    def send_down(self, way: Way, piece: torch.Tensor, whole: torch.Tensor, after: Sequence[Ticket] = ()) -> Ticket:
+        """Hand a descent to its lanes: `whole`, my piece at the lower degree, from everyone's at the higher one."""
+        ticket: Ticket = DONE
+        for low, high in reversed(self.rungs.stages(way.low, way.high)):
+            begin, end = self.range(whole.numel() * way.low, low, within=way.low)
+            job = partial(self.descend, way.route, way.action, piece, whole[begin:end], high, low)
+            ticket = self.send(way.route, self.link_above(low), way.what, job, after)
+            piece, after = whole[begin:end], [ticket]
+        return ticket
 
     def wait(self, ticket: Ticket) -> None:
         """Let the computation wait, and count how long it stands still."""
@@ -87,12 +135,11 @@ class Ladder:
         begin, end = self.range(whole.numel(), degree)
         whole[begin:end] = piece
         begin, end = self.range(whole.numel(), self._params)
-        for route, source, target, high, low in (
-            (Route.SLOW, piece, whole[begin:end], degree, self._params),
-            (Route.GATHER, whole[begin:end], whole, self._params, 1),
-        ):
-            job = partial(self.descend, route, "full", source, target, high, low)
-            self.send(route, "full_params", job).wait()
+        if degree > self._params:
+            above = Way(Route.FALL, "full_params", "full", self._params, degree)
+            self.send_down(above, piece, whole[begin:end]).wait()
+        if self._params > 1:
+            self.send_down(Way(Route.GATHER, "full_params", "full", 1, self._params), whole[begin:end], whole).wait()
 
     def climb(self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int) -> list[torch.Tensor]:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
@@ -101,9 +148,7 @@ class Ladder:
         """
         parts = [buffer]
         for step in self.rungs.steps(low, high):
-            if len(parts) > 1:
-                self._tally.reduced(buffer, parts)
-                accumulate(buffer, parts, overwrite=True)
+            self._add(buffer, parts)
             group = self._groups[route, step]
             parts = group.exchange(buffer)
             buffer = buffer.view(len(group.seat.ranks), -1)[group.seat.index]
@@ -124,12 +169,30 @@ class Ladder:
         return rows
 
     def _everyone(self, step: int, rows: torch.Tensor) -> torch.Tensor:
-        route = Route.GATHER if self.rungs.degrees[step] < self._params else Route.SLOW
+        route = Route.GATHER if self.rungs.degrees[step] < self._params else Route.FALL
         group = self._groups[route, step]
         gathered = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
-        ticket = self.send(route, "comparing", lambda: group.gather(gathered.view(-1), rows.reshape(-1)))
+        job = partial(group.gather, gathered.view(-1), rows.reshape(-1))
+        ticket = self.send(route, self.rungs.link(step), "comparing", job)
         self.wait(ticket)
         return gathered
+
+    def _climb_and_add(self, way: Way, buffer: torch.Tensor, mine: torch.Tensor, low: int, high: int) -> None:
+        self._add(mine, self.climb(way.route, way.action, buffer, low, high))
+
+    def _add(self, mine: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        if len(parts) > 1:
+            self._tally.reduced(mine, parts)
+            accumulate(mine, parts, overwrite=True)
+
+    def link_above(self, degree: int) -> Link:
+        """What the step from this degree upwards crosses."""
+        return self.rungs.link(self.rungs.degrees.index(degree))
+
+    def _track(self, route: Route, link: Link) -> str:
+        """At the top what rises and what falls takes turns: a group costs sockets or GPU memory."""
+        top = link is self.rungs.link(len(self._names) - 1)
+        return "slow" if top and route in (Route.RISE, Route.FALL) else route.value
 
     def _count(self, action: str, step: int, piece: torch.Tensor) -> None:
         self._tally.sent(

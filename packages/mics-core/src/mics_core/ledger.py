@@ -131,10 +131,10 @@ class Formula:
         reduce = self.precision.reduce.itemsize
         g, world = self.sharding.grads, self.rungs.degrees[-1]
         largest = max(unit.trained for unit in (self.root, *self.units))
-        travels = self.precision.reduce != self.precision.master and g < world
+        wires = len(self.rungs.stages(g, world)) if self.precision.reduce != self.precision.master and g < world else 0
         return {
             "staging": 2 * largest * (reduce if g > 1 else self.precision.compute.itemsize),
-            "wire": largest // g * reduce if travels else 0,
+            "wire": wires * (largest // g) * reduce,
             "received": sum(
                 (above // below - 1) * (largest // above) * reduce for below, above in pairwise(self.rungs.degrees)
             ),

@@ -7,14 +7,15 @@ any -> NONE          the step has used it, or the user's zero_grad has dropped i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 
 import torch
 
 from mics_core.comm import Answers, World
 from mics_core.errors import LifecycleError
-from mics_core.ladder import Ladder, Route
+from mics_core.ladder import Ladder, Route, Way
 from mics_core.lanes import DONE, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Precision, Sharding
@@ -105,9 +106,10 @@ class Reducer:
         # What does not travel in hop 1 is not rounded for it.
         staged = precision.reduce if self._hop1_travels else precision.compute
         largest = max((reduced.shards.layout.size for reduced in everything), default=0)
-        self._staging = _Staging(largest, staged, ladder.wait)
-        self._wire_dtype = precision.reduce
-        self._wire = torch.empty(0)
+        self._staging = _Ring(2, largest, staged)  # one is filled while the other travels
+        # As many as stages, so that each stage has one at work.
+        stages = len(ladder.rungs.stages(sharding.grads, world.size))
+        self._wires = _Ring(stages, largest // sharding.grads, precision.reduce)
         self._stepped = False
         self.settled = False  # whether all ranks have agreed since the last gradient came
         self._answers: Answers | None = None
@@ -131,30 +133,37 @@ class Reducer:
             self._ladder.wait(reduced.latest)
             self._pack(tensors, shards.sharded, offsets, early)
             return
-        buffer = self._staging.next(shards.layout.size, shards.sharded.device)
+        buffer, free = self._staging.next(shards.layout.size, shards.sharded.device)
+        self._ladder.wait(free)
         self._pack(tensors, buffer, offsets, early)
 
-        def climb() -> None:
-            parts = self._ladder.climb(Route.HOP1, "hop 1", buffer, 1, self._degrees.grads)
+        def add(parts: list[torch.Tensor]) -> None:
             self._tally.added(shards.sharded, parts, overwrite=overwrite)
             accumulate(shards.sharded, parts, late, overwrite=overwrite)
 
         if self._hop1_travels:
-            what = f"hop 1 of {reduced.unit}"
-            reduced.latest = self._ladder.send(Route.HOP1, what, climb, after=[reduced.latest])
+            way = Way(Route.HOP1, f"hop 1 of {reduced.unit}", "hop 1", 1, self._degrees.grads)
+            reduced.latest = self._ladder.send_up(way, buffer, add, after=[reduced.latest])
             self._staging.busy_until(reduced.latest)
         else:
             self._ladder.wait(reduced.latest)
-            climb()
+            add([buffer])
 
     def sync(self, reduced: Reduced) -> None:
         """Hop 2: from the sum over the ranks that share a copy to the mean over all."""
         reduced.gradient = Gradient.SYNCED
-        if self._hop2:
-            what, shards = f"hop 2 of {reduced.unit}", reduced.shards
-            reduced.latest = self._ladder.send(
-                Route.SLOW, what, lambda: self._climb_to_the_top(shards), after=[reduced.latest]
-            )
+        if not self._hop2:
+            return
+        sharded = reduced.shards.sharded
+        if sharded.dtype == self._wires.dtype:
+            reduced.latest = self._to_the_top(reduced, sharded, reduced.latest)
+            return
+        wire, free = self._wires.next(sharded.numel(), sharded.device)
+        link = self._ladder.link_above(self._degrees.grads)
+        job = partial(self._pack, [sharded], wire, [0], 1.0)
+        packed = self._ladder.send(Route.RISE, link, f"hop 2 of {reduced.unit}", job, after=[reduced.latest, free])
+        reduced.latest = self._to_the_top(reduced, wire, packed)
+        self._wires.busy_until(reduced.latest)
 
     def ask(self) -> None:
         """Begin to find the parameters that took part on any rank, so that all ranks update the same ones.
@@ -200,35 +209,28 @@ class Reducer:
             return []
         return [reduced.unit for reduced in self.all if reduced.gradient is not Gradient.NONE and not reduced.dropped()]
 
-    def _climb_to_the_top(self, shards: Shards) -> None:
-        ladder, size, world = self._ladder, shards.layout.size, self._ladder.rungs.degrees[-1]
-        low, optimizer = self._degrees.grads, self._degrees.optimizer
+    def _to_the_top(self, reduced: Reduced, wire: torch.Tensor, ready: Ticket) -> Ticket:
+        """Climb from G to the top, and from there to `synced`; `wire` is the gradient in the dtype that travels."""
+        ladder, shards, what = self._ladder, reduced.shards, f"hop 2 of {reduced.unit}"
+        low, high, world = self._degrees.grads, self._degrees.optimizer, self._world.size
         late = 1.0 if self._early else self._mean
-        wire = self._to_wire(shards.sharded)
-        parts = ladder.climb(Route.SLOW, "hop 2", wire, low, world)
-        if optimizer == world:
-            self._tally.added(shards.synced, parts, overwrite=True)
-            accumulate(shards.synced, parts, late, overwrite=True)
-            return
-        begin, end = ladder.range(size, world, within=low)
+        up = Way(Route.RISE, what, "hop 2", low, world)
+        if high == world:
+            return ladder.send_up(up, wire, partial(self._write, shards.synced, late), after=[ready])
+        begin, end = ladder.range(shards.layout.size, world, within=low)
         mine = wire[begin:end]
-        self._tally.added(mine, parts, overwrite=True)
-        accumulate(mine, parts, late, overwrite=True)
-        begin, end = ladder.range(size, optimizer, within=low)
-        ladder.descend(Route.SLOW, "sync", mine, wire[begin:end], world, optimizer)
-        if wire is not shards.sharded:
-            self._tally.added(shards.synced, [wire[begin:end]], overwrite=True)
-            accumulate(shards.synced, [wire[begin:end]], overwrite=True)
+        top = ladder.send_up(up, wire, partial(self._write, mine, late), after=[ready])
+        begin, end = ladder.range(shards.layout.size, high, within=low)
+        synced = wire[begin:end]
+        ticket = ladder.send_down(Way(Route.FALL, what, "sync", high, world), mine, synced, after=[top])
+        if wire is shards.sharded:
+            return ticket
+        job = partial(self._write, shards.synced, 1.0, [synced])
+        return ladder.send(Route.FALL, ladder.link_above(high), what, job, after=[ticket])
 
-    def _to_wire(self, sharded: torch.Tensor) -> torch.Tensor:
-        """The gradient in the dtype that travels: itself, or a copy that lasts until this lane's next job."""
-        if sharded.dtype == self._wire_dtype:
-            return sharded
-        if self._wire.numel() < sharded.numel():
-            self._wire = sharded.new_empty(sharded.numel(), dtype=self._wire_dtype)
-        wire = self._wire[: sharded.numel()]
-        self._pack([sharded], wire, [0], 1.0)
-        return wire
+    def _write(self, target: torch.Tensor, scale: float, parts: Sequence[torch.Tensor]) -> None:
+        self._tally.added(target, parts, overwrite=True)
+        accumulate(target, parts, scale, overwrite=True)
 
     def _pack(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
         self._tally.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
@@ -261,24 +263,22 @@ class Reducer:
         return first
 
 
-class _Staging:
-    """Two buffers in turn for gradients on their way: one is filled while the other travels."""
+class _Ring:
+    """Buffers in turn for gradients on their way."""
 
-    def __init__(self, size: int, dtype: torch.dtype, wait: Callable[[Ticket], None]) -> None:
+    def __init__(self, count: int, size: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._size = size
-        self._dtype = dtype
-        self._wait = wait
         self._buffers: list[torch.Tensor] = []
-        self._busy: list[Ticket] = [DONE, DONE]
+        self._busy: list[Ticket] = [DONE] * count
         self._turn = 0
 
-    def next(self, size: int, device: torch.device) -> torch.Tensor:
-        """A buffer that nothing travels from any more."""
+    def next(self, size: int, device: torch.device) -> tuple[torch.Tensor, Ticket]:
+        """A buffer, and until when something travels from it."""
         if not self._buffers:
-            self._buffers = [torch.empty(self._size, dtype=self._dtype, device=device) for _ in range(2)]
-        self._turn = 1 - self._turn
-        self._wait(self._busy[self._turn])
-        return self._buffers[self._turn][:size]
+            self._buffers = [torch.empty(self._size, dtype=self.dtype, device=device) for _ in self._busy]
+        self._turn = (self._turn + 1) % len(self._busy)
+        return self._buffers[self._turn][:size], self._busy[self._turn]
 
     def busy_until(self, ticket: Ticket) -> None:
         """The buffer given last is in use until then."""

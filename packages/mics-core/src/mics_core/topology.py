@@ -62,6 +62,11 @@ class Rungs:
         """The numbers of the steps between two degrees, upwards; step i leads from degrees[i] to degrees[i + 1]."""
         return range(self.degrees.index(low), self.degrees.index(high))
 
+    def stages(self, low: int, high: int) -> list[tuple[int, int]]:
+        """The way between two degrees, upwards, cut in two where it leaves the nodes."""
+        node = min(self.topology.ranks_per_node, self.topology.world)
+        return [(low, node), (node, high)] if low < node < high else [(low, high)]
+
     def digits(self, rank: int) -> tuple[int, ...]:
         """The rank in mixed radix, one digit a step."""
         return tuple(rank // low % (high // low) for low, high in zip(self.degrees, self.degrees[1:], strict=False))
