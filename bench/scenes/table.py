@@ -89,12 +89,12 @@ _WEAK = Scene(
 
 SCENES = (
     _PEERS,
-    replace(_PEERS, name="peers-400", rate_mbit=400.0, budget=70),
+    replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4, 8), budget=85),
     Scene(
         "peers-large",
         "A step of a larger model, of which the cores are a smaller part",
-        ("HSDP 4", "mics 4,4,4", "mics 2,2,4"),
-        budget=80,
+        ("HSDP 4", "FSDP2 full", "ZeRO-3", "HSDP 2", "DDP", *OURS),
+        budget=180,
         width=512,
         rounds=3,
     ),
