@@ -7,6 +7,8 @@ from mics_core.comm import init
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.forecast import forecast
 from mics_core.optimizer import AdamW
+from mics_core.planner.cluster import Cluster
+from mics_core.planner.search import plan
 from mics_core.runtime import shard
 from mics_core.sharding import LossScale, Precision, Sharding
 from mics_core.steps import watch_optimizers
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamW",
+    "Cluster",
     "ConfigError",
     "LifecycleError",
     "LossScale",
@@ -33,6 +36,7 @@ __all__ = [
     "load",
     "load_weights",
     "open_weights",
+    "plan",
     "save",
     "shard",
 ]

@@ -1,4 +1,4 @@
-"""The command `mics`: what is done with checkpoints outside of training, in one process."""
+"""The command `mics`: what is done outside of training, with checkpoints and to plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from mics_core.checkpoint.description import describe
 from mics_core.checkpoint.export import export
+from mics_core.planner import commands as planning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        if given.command == "inspect":
+        if given.command in planning.NAMES:
+            planning.run(given)
+        elif given.command == "inspect":
             print(describe(given.checkpoint, verify=given.verify))
         else:
             for path in export(given.checkpoint, given.out, DTYPES.get(given.dtype), given.shard_bytes, given.names):
@@ -32,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mics", description="Checkpoints of mics.save. They hold pickles: trust them."
+        prog="mics", description="Plans of trainings; checkpoints of mics.save, which hold pickles: trust them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    planning.add_parsers(commands)
     checkpoint = "a checkpoint's directory, or a folder whose `latest` names one"
     inspect = commands.add_parser("inspect", help="print what is inside")
     inspect.add_argument("checkpoint", type=Path, help=checkpoint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from mics_core.ladder import Ladder
 from mics_core.ledger import Formula, Tally, UnitSize
 from mics_core.lifecycle import Conductor
 from mics_core.places import Places
+from mics_core.planner import automatic
 from mics_core.reduce import Reduced, Reducer
 from mics_core.scaling import Scaling
 from mics_core.sharding import Precision, Sharding
@@ -34,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def shard(
     model: Model,
-    sharding: Sharding,
+    sharding: Sharding | Literal["auto"],
     *,
     units: UnitRule | None = None,
     precision: Precision | None = None,
@@ -48,6 +49,8 @@ def shard(
     1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, must be
     decided before, or by name. Train as usual: gradients average over ranks and add over micro-steps.
 
+    sharding: "auto" takes what cuts least of all shardings whose state, gathered units and buffers fit in 60 % of a
+        rank's memory. The rest is for activations, which it does not know: `mics.plan` does, and knows links, too.
     units: what is gathered together: classes, or a predicate of name and module. Default: the children of every
         ModuleList. A unit must be called as a module, and parameters be reached through their modules.
     precision: default `Precision.fp32()`.
@@ -60,6 +63,8 @@ def shard(
     """
     world = comm.World(group)
     precision = precision or Precision.fp32()
+    if sharding == "auto":
+        sharding = automatic.choose(model, units, precision, ranks_per_node, prefetch_bytes, world)
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)
     initialise.make_equal(model, world)
     tally = Tally(world.device)

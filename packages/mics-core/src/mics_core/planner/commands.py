@@ -1,0 +1,167 @@
+"""`mics plan`, `mics simulate` and `mics probe`: what they are told, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mics_core.errors import ConfigError
+from mics_core.planner.cluster import Cluster
+from mics_core.sharding import Precision
+
+if TYPE_CHECKING:
+    from mics_core.planner.plan_table import Plan
+
+NAMES = ("plan", "simulate", "probe")
+PRECISIONS = {"fp32": Precision.fp32(), "bf16": Precision.bf16(), "fp16": Precision.fp16()}
+RECOMPUTE = {"on": True, "off": False, "auto": None}
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Teach the command `mics` these."""
+    plan = commands.add_parser("plan", help="choose sharding, micro-batch and recomputation for a model on a cluster")
+    simulate = commands.add_parser("simulate", help="draw how a plan scales over nodes, beside ZeRO-3, HSDP and DDP")
+    for parser in (plan, simulate):
+        parser.add_argument(
+            "--model", required=True, metavar="MODULE:CALL", help="such as 'mics_models:gpt(\"gpt-100b\")'"
+        )
+        parser.add_argument(
+            "--cluster", required=True, metavar="NAME:NODES", help="such as p4d.24xlarge:64, or cluster.toml:64"
+        )
+        parser.add_argument(
+            "--global-batch",
+            required=True,
+            type=int,
+            help="samples of a step, of all ranks; for simulate, on the fewest nodes",
+        )
+        parser.add_argument("--seq", required=True, type=int, help="tokens of a sample")
+        parser.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
+        parser.add_argument("--recompute", choices=sorted(RECOMPUTE), default="auto", help="of units, in backwards")
+    plan.add_argument("--top", type=int, default=5, help="so many of the best are shown; default: 5")
+    simulate.add_argument("--nodes", required=True, help="such as 2,4,8,...,64")
+    kind = simulate.add_mutually_exclusive_group()
+    kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
+    kind.add_argument("--strong", action="store_true", help="the batch stays")
+    simulate.add_argument("--out", type=Path, help="a PNG with the curves")
+    probe = commands.add_parser("probe", help="measure this cluster, under torchrun, and write it down for `mics plan`")
+    probe.add_argument("out", type=Path, help="such as cluster.toml; rank 0 writes it")
+    probe.add_argument("--quick", action="store_true", help="fewer and smaller messages: seconds rather than minutes")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Do what one of these commands was told, and print what it found."""
+    if given.command == "probe":
+        from mics_core.planner.probe import probe
+
+        probe(given.out, quick=given.quick)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    elif given.command == "simulate":
+        _simulate(given)
+    else:
+        _show(given)
+
+
+def _simulate(given: argparse.Namespace) -> None:
+    from mics_core.planner import scaling
+
+    nodes = counts(given.nodes)
+    plan = _plan(given, Cluster.parse(given.cluster).with_nodes(nodes[0]))
+    kind = scaling.Scaling.STRONG if given.strong else scaling.Scaling.WEAK
+    points = scaling.curves(plan.workload, plan.cluster, plan.chosen, nodes, kind)
+    print(scaling.table(points))
+    if given.out is not None:
+        scaling.draw(points, given.out)
+        print(given.out)
+
+
+def _show(given: argparse.Namespace) -> None:
+    plan = _plan(given, Cluster.parse(given.cluster))
+    print(plan.table(given.top))
+    module, name, arguments = parse(given.model)
+    package = find_spec(module.partition(".")[0])
+    program = f"{module.partition('.')[0]}.pretrain"
+    print()
+    if package and package.submodule_search_locations and find_spec(program) and arguments:
+        named = str(arguments[0]) if "-" in str(arguments[0]) else f"{name}-{arguments[0]}"
+        print(plan.command(f"-m {program} model.name={named}"))
+    else:
+        print(plan.command())
+        print(plan.call())
+
+
+def build(expression: str) -> nn.Module:
+    """The model that `module:call("...")` makes, on the meta device; its arguments are literals."""
+    module, name, arguments = parse(expression)
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"plan: --model {expression} names {name} of {module}, which cannot be imported: {error}: name a function "
+            "or class of an installed module"
+        ) from error
+    try:
+        with torch.device("meta"):
+            model = make(*arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"plan: --model {expression} failed: {error}: correct its arguments") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"plan: --model {expression} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds "
+            "the model"
+        )
+    return model
+
+
+def parse(expression: str) -> tuple[str, str, list[object]]:
+    """The module, the name and the arguments of `module:name(literal, ...)`. Nothing is evaluated."""
+    module, colon, call = expression.partition(":")
+    try:
+        node = ast.parse(call.strip(), mode="eval").body
+        node = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        if not colon or not module or not isinstance(node.func, ast.Name) or node.keywords:
+            raise ValueError
+        return module, node.func.id, [ast.literal_eval(argument) for argument in node.args]
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"plan: --model is {expression!r}, expected a module and a call with literals, as in "
+            "'mics_models:gpt(\"gpt-100b\")': quote it for the shell"
+        ) from error
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of nodes: "2,4,8", or "2,4,...,64" for those between by the same factor."""
+    try:
+        parts = text.split(",")
+        if "..." not in parts:
+            return sorted({int(part) for part in parts})
+        place = parts.index("...")
+        if place < 2:
+            raise IndexError
+        first, second, last = (int(parts[place + offset]) for offset in (-2, -1, 1))
+        numbers = [int(part) for part in parts[:place]]
+        while second > first > 0 and second % first == 0 and numbers[-1] * (second // first) < last:
+            numbers.append(numbers[-1] * (second // first))
+        return [*numbers, last]
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"simulate: --nodes is {text!r}, expected numbers such as 2,4,8 or 2,4,...,64") from error
+
+
+def _plan(given: argparse.Namespace, cluster: Cluster) -> Plan:
+    from mics_core.planner.search import plan
+
+    return plan(
+        build(given.model),
+        cluster,
+        global_batch=given.global_batch,
+        seq=given.seq,
+        precision=PRECISIONS[given.precision],
+        recompute=RECOMPUTE[given.recompute],
+    )

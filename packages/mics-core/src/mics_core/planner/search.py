@@ -1,0 +1,215 @@
+"""Which sharding, micro-batch and recomputation: what fits, by the time that a step must take, and then simulated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mics_core.errors import ConfigError
+from mics_core.ledger import UnitSize
+from mics_core.planner.advice import advise, cluster_that_fits, reason
+from mics_core.planner.arithmetic import Arithmetic
+from mics_core.planner.candidate import Candidate, System
+from mics_core.planner.cluster import Cluster
+from mics_core.planner.memory import Memory, formula_of, memory
+from mics_core.planner.plan_table import Loser, Plan, Row
+from mics_core.planner.simulator import simulate
+from mics_core.planner.workload import Sample, Workload, trace
+from mics_core.sharding import Precision, Sharding
+from mics_core.topology import Link
+from mics_core.units import UnitRule
+
+SIMULATED = 10
+"""So many of the most promising shardings are simulated; the rest is known by what it must compute and send."""
+
+AS_FAST = 1.01
+"""A simpler sharding is preferred if a step takes at most so many times as long."""
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    candidate: Candidate
+    memory: Memory
+    bound: float  # seconds that a step takes at least
+    estimate: float  # to sort by
+
+
+def plan(
+    model: nn.Module | Workload,
+    cluster: Cluster,
+    *,
+    global_batch: int,
+    sample: Sample | None = None,
+    seq: int | None = None,
+    units: UnitRule | None = None,
+    precision: Precision | Sequence[Precision] | None = None,
+    recompute: bool | None = None,
+) -> Plan:
+    """Choose how to train the model on the cluster: sharding, micro-batch, micro-steps, recomputation, prefetch.
+
+    model: may be on the meta device, and is not changed; or what `trace` found of one.
+    global_batch: samples of an optimizer step, of all ranks.
+    sample: what the model is called with, as for `trace`; or `seq`, for a model of tokens and their targets.
+    units, precision: as for `mics.shard`. Of several precisions the fastest is taken; they may differ in `reduce`
+        alone, and changing that changes the training's rounding, so by default there is one.
+    recompute: whether units' forwards are computed again in backwards; None chooses. It is the model's part to do it.
+
+    Among shardings that take the same time within 1 % the one that cuts least is chosen. Raises a ConfigError that
+    says the least that would do if nothing fits.
+    """
+    precisions = _precisions(precision)
+    if isinstance(model, Workload):
+        workload = model
+    else:
+        given = sample if sample is not None else tokens_for(model, seq)
+        workload = trace(model, given, units=units, precision=precisions[0], ranks=cluster.ranks)
+    share = _share(global_batch, cluster)
+    recomputes = (False, True) if recompute is None else (recompute,)
+    fitting, losers = [], []
+    for sharding in shardings(cluster):
+        found, least = _best_of(workload, cluster, sharding, precisions[0], share, recomputes)
+        if found:
+            fitting.append(min(found, key=lambda each: (each.estimate, each.candidate.recompute)))
+        else:
+            said = f"does not fit: {least[1].total / 1e9:.1f} of {cluster.memory / 1e9:.1f} GB"
+            losers.append(Loser(least[0], said))
+    if not fitting:
+        raise ConfigError(cluster_that_fits(workload, cluster, precisions[0], recomputes))
+    rows, rest = _simulated(workload, cluster, fitting, precisions)
+    winner = rows[0]
+    slower = [Loser(row.candidate, reason(row.candidate, winner, cluster, row.prediction.seconds)) for row in rows[1:]]
+    unseen = [Loser(each.candidate, reason(each.candidate, winner, cluster, each.bound, least=True)) for each in rest]
+    return Plan(workload, cluster, tuple(rows), (*slower, *unseen, *losers), advise(rows, cluster))
+
+
+def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
+    """A batch of one row of `seq` tokens and their targets, by the names that the model's forward has for them."""
+    names = inspect.signature(model.forward).parameters
+    tokens = next((name for name in ("tokens", "input_ids") if name in names), None)
+    targets = next((name for name in ("targets", "labels") if name in names), None)
+    if tokens is None or targets is None:
+        raise ConfigError(
+            f"plan: {type(model).__name__} takes {list(names)}, expected tokens (or input_ids) and targets (or "
+            "labels): pass what it is called with as mics.plan(sample=...)"
+        )
+    if seq is None or seq < 1:
+        raise ConfigError(f"plan: seq is {seq}, expected the tokens of a sample: pass seq=..., or sample=...")
+    row = torch.empty(1, seq, dtype=torch.int64, device="meta")
+    return {tokens: row, targets: row}
+
+
+def shardings(cluster: Cluster) -> Iterator[Sharding]:
+    """All chains of degrees that share a node evenly or fill whole nodes, those that cut least first."""
+    node, world = cluster.ranks_per_node, cluster.ranks
+    inside = [degree for degree in range(1, node + 1) if node % degree == 0]
+    across = [node * nodes for nodes in range(2, cluster.nodes + 1) if cluster.nodes % nodes == 0]
+    degrees = [degree for degree in (*inside, *across) if world % degree == 0]
+    for p in degrees:
+        for g in degrees:
+            for o in degrees:
+                if g % p == 0 and o % g == 0:
+                    yield Sharding(p, g, o)
+
+
+def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[Precision]:
+    several = [precision or Precision.fp32()] if isinstance(precision, Precision | None) else list(precision)
+    if not several or len({(each.compute, each.master) for each in several}) != 1:
+        raise ConfigError(
+            f"plan: precision is {precision!r}, expected one mics.Precision, or several that differ in reduce alone: "
+            "plan for each compute dtype apart"
+        )
+    return several
+
+
+def _share(global_batch: int, cluster: Cluster) -> int:
+    if global_batch < 1 or global_batch % cluster.ranks:
+        near = max(1, round(global_batch / cluster.ranks)) * cluster.ranks
+        raise ConfigError(
+            f"plan: global_batch is {global_batch}, expected a multiple of the {cluster.ranks} ranks, so that each has "
+            f"equally many samples: take {near}, for example"
+        )
+    return global_batch // cluster.ranks
+
+
+def _best_of(
+    workload: Workload,
+    cluster: Cluster,
+    sharding: Sharding,
+    precision: Precision,
+    share: int,
+    recomputes: Sequence[bool],
+) -> tuple[list[_Fitting], tuple[Candidate, Memory]]:
+    """The largest micro-batch that fits, with and without recomputation; and what takes least memory."""
+    sizes = [1 << power for power in range(share.bit_length()) if share % (1 << power) == 0]
+    small = Candidate(sharding, precision, 1, share, recomputes[-1], prefetch_units=0)
+    state = memory(workload, small, cluster)
+    least = small, state
+    found = []
+    for recompute in recomputes:
+        for size in reversed(sizes):
+            ahead = Candidate(sharding, precision, size, share // size, recompute)
+            live = workload.live(size, recompute=recompute)
+            if state.total - state.activations + live > cluster.memory:
+                continue
+            held = memory(workload, ahead, cluster)
+            if held.total > cluster.memory:
+                ahead = replace(ahead, prefetch_units=0)
+                held = replace(state, activations=live)
+            found.append(_Fitting(ahead, held, *_times(workload, cluster, ahead)))
+            break
+    return found, least
+
+
+def _times(workload: Workload, cluster: Cluster, candidate: Candidate) -> tuple[float, float]:
+    """Seconds that a step takes at least: the arithmetic's, or those of one link; and those to sort by."""
+    arithmetic = Arithmetic(cluster, candidate, System.MICS)
+    works = [arithmetic.unit(workload.root, root=True), *(arithmetic.unit(unit) for unit in workload.units)]
+    compute = candidate.micro_steps * sum(work.forward + work.backward for work in works)
+    formula = formula_of(workload, candidate, cluster)
+    size = UnitSize(sum(unit.trained for unit in formula.units), sum(unit.frozen for unit in formula.units))
+    traffic = replace(formula, units=(size,)).step(candidate.micro_steps)
+    links = {Link.NODE: 0.0, Link.NET: 0.0}
+    names = {formula.rungs.name(step): formula.rungs.link(step) for step in range(len(formula.rungs.degrees) - 1)}
+    for (_, rung), moved in traffic.items():
+        links[names[rung]] += moved.bytes
+    inside = links[Link.NODE] / cluster.intra.bandwidth
+    between = links[Link.NET] * min(cluster.ranks_per_node, cluster.ranks) / cluster.inter.bandwidth
+    longest = max(compute, inside, between)
+    return longest, longest + 0.1 * (compute + inside + between - longest)
+
+
+def _simulated(
+    workload: Workload, cluster: Cluster, fitting: list[_Fitting], precisions: Sequence[Precision]
+) -> tuple[list[Row], list[_Fitting]]:
+    """The most promising ones, the choice first, and those that were not simulated."""
+    fitting = sorted(fitting, key=lambda each: each.estimate)
+    rows: list[Row] = []
+    best = float("inf")
+    for number, each in enumerate(fitting):
+        if number >= SIMULATED or each.bound > AS_FAST * best:
+            break
+        rows.append(Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory))
+        best = min(best, rows[-1].prediction.seconds)
+    rest = fitting[len(rows) :]
+    rows.sort(key=lambda row: row.prediction.seconds)
+    chosen = min((row for row in rows if row.prediction.seconds <= AS_FAST * best), key=_simplicity)
+    varied = [chosen]
+    for prefetch in (chosen.candidate.prefetch_units, 2) if chosen.candidate.sharding.params > 1 else (1,):
+        for precision in precisions:
+            candidate = replace(chosen.candidate, prefetch_units=prefetch, precision=precision)
+            held = memory(workload, candidate, cluster)
+            if candidate != chosen.candidate and held.total <= cluster.memory:
+                varied.append(Row(candidate, simulate(workload, cluster, candidate), held))
+    fastest = min(varied, key=lambda row: row.prediction.seconds)
+    if fastest.prediction.seconds * AS_FAST >= chosen.prediction.seconds:
+        fastest = chosen
+    return [fastest, *(row for row in rows if row is not chosen)], rest
+
+
+def _simplicity(row: Row) -> tuple[int, bool, int, int]:
+    sharding = row.candidate.sharding
+    return sharding.params, row.candidate.recompute, sharding.grads, sharding.optimizer

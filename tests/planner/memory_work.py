@@ -1,0 +1,60 @@
+"""What the tests of the memory model ask ranks to do: train a model, and tell the most bytes that a step held."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import mics_core as mics
+from mics_models import BERT, GPT, BERTConfig, GPTConfig
+from runtime_work import live_bytes
+
+ROWS, TOKENS, MICRO_STEPS = 4, 128, 2
+CONFIGS: dict[str, GPTConfig | BERTConfig] = {
+    "gpt": GPTConfig(vocab=512, context=TOKENS, layers=4, width=128, heads=4, kv_heads=4, hidden=512),
+    "bert": BERTConfig(vocab=512, context=TOKENS, layers=4, width=128, heads=4, hidden=512, types=1),
+}
+
+
+def build(kind: str, *, checkpoint: bool) -> nn.Module:
+    config = replace(CONFIGS[kind], checkpoint_blocks=checkpoint)
+    return GPT(config) if isinstance(config, GPTConfig) else BERT(config)
+
+
+def batch(rows: int = ROWS) -> dict[str, Tensor]:
+    tokens = torch.arange(rows * TOKENS).view(rows, TOKENS) % 512
+    return {"tokens": tokens, "targets": tokens.roll(-1, 1)}
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, Tensor]) -> None:
+    for micro in mics.accumulate(model, [given] * MICRO_STEPS):
+        (model(**micro) / MICRO_STEPS).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def peaks(kind: str, checkpoint: bool, shardings: list[mics.Sharding], precision: mics.Precision) -> list[int]:
+    """The most bytes that a steady step held under each sharding."""
+    given = batch()
+    result = []
+    for sharding in [shardings[0], *shardings]:  # the first brings the kernels' own small tables
+        before = live_bytes()
+        model = mics.shard(build(kind, checkpoint=checkpoint), sharding, ranks_per_node=2, precision=precision)
+        optimizer = mics.AdamW(model.parameters())
+        for _ in range(2):
+            step(model, optimizer, given)
+        mics.ledger(model)  # waits for what is under way
+        held = live_bytes() - before
+        # Of this thread: what lanes allocate they keep from the first steps on.
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+            step(model, optimizer, given)
+            mics.ledger(model)
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        most = total = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            total += event.nbytes()
+            most = max(most, total)
+        result.append(held + most)
+        del model, optimizer
+    return result[1:]

@@ -1,0 +1,138 @@
+"""What `mics.plan` chooses, what it says of the rest, and what it says when nothing fits."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import mics_core as mics
+from mics_core import Cluster, ConfigError, Precision, Sharding
+from mics_core.planner.advice import cluster_that_fits
+from mics_core.planner.candidate import Candidate
+from mics_core.planner.memory import memory
+from mics_core.planner.search import plan, shardings
+from mics_core.planner.simulator import simulate
+from mics_core.planner.workload import Workload, trace
+from mics_models import GPT, GPTConfig, gpt
+
+BF16 = Precision.bf16()
+SMALL = GPTConfig(vocab=512, context=64, layers=6, width=256, heads=4, kv_heads=4, hidden=1024)
+
+
+def workload(ranks: int, config: GPTConfig = SMALL) -> Workload:
+    with torch.device("meta"):
+        model = GPT(config)
+    tokens = torch.zeros(1, config.context, dtype=torch.int64)
+    return trace(model, {"tokens": tokens, "targets": tokens}, precision=BF16, ranks=ranks)
+
+
+def narrow(nodes: int = 4, memory: int = 1 << 34) -> Cluster:
+    """Two ranks a node, which compute as fast as they do in large clusters but have slow wires between nodes."""
+    cluster = Cluster.preset("p4d.24xlarge", nodes)
+    slow = replace(cluster.inter, bandwidth=cluster.inter.bandwidth / 40)
+    return replace(cluster, ranks_per_node=2, inter=slow, memory=memory)
+
+
+def test_degrees_share_a_node_or_fill_nodes() -> None:
+    found = list(shardings(narrow()))
+    assert Sharding(2, 2, 8) in found
+    assert all(s.grads % s.params == s.optimizer % s.grads == 8 % s.optimizer == 0 for s in found)
+    assert len(found) == len(set(found)) == 20  # chains of 1, 2, 4, 8
+
+
+def test_a_model_that_fits_whole_needs_no_mics() -> None:
+    found = plan(workload(8), narrow(), global_batch=64)
+    assert found.sharding.params == 1
+    assert found.advice.startswith("Do not use MiCS")
+
+
+@pytest.mark.parametrize("share", [0.75, 0.55, 0.4])
+def test_no_simulated_sharding_that_fits_is_1_percent_faster_than_the_choice(share: float) -> None:
+    work, cluster = workload(8), narrow()
+    whole = memory(work, Candidate(Sharding(1, 1, 1), BF16, 1, 8), cluster).total
+    cluster = replace(cluster, memory=int(share * whole))
+    found = plan(work, cluster, global_batch=64, precision=BF16)
+    assert found.memory.total <= cluster.memory
+    for sharding in shardings(cluster):
+        for recompute in (False, True):
+            for size in (1, 2, 4, 8):
+                other = Candidate(sharding, BF16, size, 8 // size, recompute)
+                if memory(work, other, cluster).total <= cluster.memory:
+                    seconds = simulate(work, cluster, other).seconds
+                    assert found.prediction.seconds <= 1.02 * seconds, (other, found.chosen)
+
+
+def test_every_sharding_is_chosen_or_has_a_reason() -> None:
+    work, cluster = workload(8), narrow()
+    whole = memory(work, Candidate(Sharding(1, 1, 1), BF16, 1, 8), cluster).total
+    found = plan(work, replace(cluster, memory=whole // 2), global_batch=64, precision=BF16)
+    told = {loser.candidate.sharding: loser.reason for loser in found.losers} | {found.sharding: "chosen"}
+    assert set(told) == set(shardings(cluster))
+    assert told[Sharding(1, 1, 1)].startswith("does not fit: 0.")
+    assert "cross nodes" in told[Sharding(8, 8, 8)]
+    text = found.table()
+    assert "Not chosen:" in text
+    assert found.advice in text
+
+
+def test_what_the_user_fixes_stays_and_several_precisions_are_compared() -> None:
+    work, cluster = workload(8), narrow()
+    assert plan(work, cluster, global_batch=64, precision=BF16, recompute=True).recompute
+    assert plan(work, cluster, global_batch=64, precision=BF16).precision == BF16
+    wide = Precision.bf16(torch.float32)
+    both = plan(
+        work, replace(cluster, inter=replace(cluster.inter, bandwidth=1e8)), global_batch=8, precision=(wide, BF16)
+    )
+    assert both.precision == BF16  # half the bytes between nodes
+    with pytest.raises(ConfigError, match="differ in reduce alone"):
+        plan(work, cluster, global_batch=64, precision=(BF16, Precision.fp32()))
+
+
+def test_the_plan_says_how_to_run_it() -> None:
+    found = plan(workload(8), narrow(), global_batch=64, precision=BF16)
+    p, g, o = found.sharding.params, found.sharding.grads, found.sharding.optimizer
+    assert found.call().startswith(f"mics.shard(model, mics.Sharding({p}, {g}, {o}), precision=mics.Precision.bf16(")
+    assert found.command() == "torchrun --nnodes 4 --nproc-per-node 2 train.py"
+    line = found.command("-m mics_models.pretrain")
+    assert f"sharding.params={p} " in line
+    assert "batch.samples=64 " in line
+    assert found.micro_batch * found.micro_steps * 8 == 64
+
+
+def test_too_large_a_model_says_how_many_nodes_would_do() -> None:
+    work, cluster = workload(8), narrow(1, 12_000_000)
+    with pytest.raises(
+        ConfigError, match=r"needs at least .* GB a rank on 1 nodes .*: use at least \d+ nodes"
+    ) as caught:
+        plan(work, cluster, global_batch=2, precision=BF16)
+    nodes = int(str(caught.value).split("at least ")[-1].split()[0])
+    assert plan(work, cluster.with_nodes(nodes), global_batch=2 * nodes, precision=BF16)
+    with pytest.raises(ConfigError):
+        plan(work, cluster.with_nodes(nodes - 1), global_batch=2 * (nodes - 1), precision=BF16)
+    hopeless = cluster_that_fits(work, replace(cluster, memory=1000), BF16, (False, True))
+    assert "use ranks with more memory" in hopeless
+
+
+def test_requests_that_cannot_be_met_say_what_to_change() -> None:
+    with pytest.raises(ConfigError, match=r"global_batch is 63, expected a multiple of the 8 ranks.*take 64"):
+        plan(workload(8), narrow(), global_batch=63)
+    with pytest.raises(ConfigError, match=r"Linear takes \['input'\], expected tokens.*sample=\.\.\."):
+        plan(nn.Linear(4, 4), narrow(), global_batch=64, seq=4)
+    with pytest.raises(ConfigError, match="seq is None"):
+        plan(GPT(SMALL), narrow(), global_batch=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "samples", "tokens"),
+    [("100b", "p4d.24xlarge:64", 8192, 512), ("175b", "p4de.24xlarge:16", 2048, 2048)],
+)
+def test_published_cases_are_planned_in_5_seconds(name: str, cluster: str, samples: int, tokens: int) -> None:
+    with torch.device("meta"):
+        model = gpt(name)
+    begin = time.process_time()
+    found = mics.plan(model, Cluster.parse(cluster), global_batch=samples, seq=tokens, precision=BF16)
+    assert time.process_time() - begin < 5
+    assert found.memory.total <= found.cluster.memory
+    assert found.sharding.params > 1
