@@ -88,9 +88,9 @@ def _goals(records: Records) -> str:
 
 def _peers(records: Records) -> str:
     """The scene of the peers at 100 Mbit/s and 4 micro-steps, for the README."""
-    found = _scenes(records).get("peers-100")
+    found = _scenes(records).get("peers-large")
     if found is None:
-        return _missing(["peers-100"], "python -m bench.scenes peers-100")
+        return _missing(["peers-large"], "python -m bench.scenes peers-large")
     four = [case for case in found["cases"] if case["micro_steps"] == 4]
     return f"{scene_table(dict(found) | {'cases': four or found['cases']})}\n{_made(found)}"
 

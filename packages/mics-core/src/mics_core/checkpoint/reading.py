@@ -6,6 +6,7 @@ import io
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from mics_core.checkpoint.contents import Cut, Name
 from mics_core.checkpoint.folder import find
 from mics_core.checkpoint.manifest import Manifest, measure
 from mics_core.checkpoint.writing import INDEX
+
+
+_THREADS = 4
+"""What is read is copied twice, so one thread is slower than a disk."""
 
 
 class Stored:
@@ -98,8 +103,12 @@ class Stored:
     def _read(
         self, items: Sequence[ReadItem], memory: Mapping[MetadataIndex, torch.Tensor], objects: dict[str, io.BytesIO]
     ) -> None:
-        with torch.no_grad():
-            self._reader.read_data(LoadPlan(list(items)), _Planner(memory, objects)).wait()
+        planner = _Planner(memory, objects)
+        share = -(-len(items) // _THREADS) or 1
+        plans = [LoadPlan(list(items[first : first + share])) for first in range(0, len(items), share)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for done in [threads.submit(self._reader.read_data, plan, planner) for plan in plans]:
+                done.result()
 
     def _bytes_of(self, name: str) -> set[tuple[str, int]]:
         if self._places is None:
