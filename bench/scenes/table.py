@@ -75,12 +75,13 @@ _WEAK = Scene(
     "weak-1",
     "Weak scaling, with a stand-in for the computation",
     ("FSDP2 full", "ZeRO-3", "mics 2,2,-1"),
-    budget=50,
+    budget=85,
     nodes=1,
-    rate_mbit=50.0,
+    rate_mbit=20.0,
+    micro_steps=(2,),
     # Two cores play up to 16 ranks, each of which needs them for 2 ms in each pass through a block of whatever size. So
     # there are few passes, with long waits; and little to send, at as low a rate: `figures.weak_note` says like what.
-    stand_in=StandIn(0.100, 0.200),
+    stand_in=StandIn(0.400, 0.800),
     width=128,
     blocks=2,
     steps=2,
@@ -122,9 +123,8 @@ SCENES = (
         micro_steps=(1, 4),
     ),
     _WEAK,
-    replace(_WEAK, name="weak-2", nodes=2, budget=50),
-    replace(_WEAK, name="weak-4", nodes=4, budget=70),
-    replace(_WEAK, name="weak-8", nodes=8, budget=105),
+    replace(_WEAK, name="weak-2", nodes=2, budget=90),
+    replace(_WEAK, name="weak-8", nodes=8, budget=120),
     Scene(
         "ablation",
         "Each mechanism off in turn, with a stand-in for the computation",
