@@ -26,7 +26,7 @@ def said(pool: Pool, kind: type[Exception], function: Callable[..., Any], *args:
         (Sharding(1, 1, 3), None, "optimizer is 3, which does not divide the number of ranks, 2"),
         (Sharding(0, 1, 1), None, "params is 0, expected a count of pieces"),
         (Sharding(1, 1, 1), 0, "ranks_per_node is 0, expected a divisor of the 2 ranks"),
-        ("auto", None, "sharding is 'auto', expected a mics.Sharding"),
+        ("zero3", None, "sharding is 'zero3', expected a mics.Sharding"),
     ],
 )
 def test_wrong_degrees(pool: Pool, sharding: Any, per_node: int | None, sentence: str) -> None:

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import mics_core as mics
+from mics_core.comm import World
 from pool import Pool
 from runtime_work import WIDTH, Model
 
@@ -35,6 +37,24 @@ def buffers_of_rank_0() -> list[int]:
     model = Model(1)
     model.register_buffer("table", torch.full((3,), dist.get_rank() + 1, dtype=torch.int16))
     return mics.shard(model, mics.Sharding.mics(2)).table.tolist()  # type: ignore[no-any-return, operator, union-attr]
+
+
+def ask_twice_at_once(size: int) -> list[list[int]]:
+    """Of a group of the first ranks: two questions under way, answered in any order."""
+    group = dist.new_group(list(range(size)))
+    if dist.get_rank() >= size:
+        return []
+    world = World(group)
+    rank = dist.get_rank()
+    first = world.ask([rank, size - rank, 7 * (rank == size // 2)])
+    second = world.ask([(1 + rank) * (place == rank) for place in range(size)])
+    return [second.read(), first.read()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_every_rank_hears_the_largest_answer_of_any(pool: Pool, size: int) -> None:
+    expected = [list(range(1, size + 1)), [size - 1, size, 7]]
+    assert pool.run(8, ask_twice_at_once, size) == [expected] * size + [[]] * (8 - size)
 
 
 def test_ranks_that_are_in_different_numbers_of_groups(pool: Pool) -> None:
