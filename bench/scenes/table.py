@@ -90,7 +90,7 @@ _WEAK = Scene(
 
 SCENES = (
     _PEERS,
-    replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4, 8), budget=85),
+    replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4), budget=95),
     Scene(
         "peers-large",
         "A step of a larger model, of which the cores are a smaller part",
