@@ -18,8 +18,9 @@ setup: ## Build .venv with the locked versions, with a CPU build of torch where 
 # On a busy machine OpenMP's threads otherwise burn the time slices of those they wait for: seven times slower, measured.
 PATIENT := OMP_WAIT_POLICY=passive
 
+# Ranks wait for each other most of the time: a second process of tests uses the cores meanwhile.
 test: setup ## Run the tests.
-	@$(PATIENT) $(PY) -m pytest $(ARGS)
+	@$(PATIENT) $(PY) -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
 
 # The interpreter of Triton 3.6 fails on numpy 2.4.
 OLDEST := triton==3.6.0 numpy==2.3.5

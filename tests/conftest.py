@@ -60,6 +60,17 @@ def _interpreter_for_kernels_alone(request: pytest.FixtureRequest, monkeypatch: 
     kernels.backend.cache_clear()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, one has all that need the pool of ranks; a file stays in one."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "bench" else str(item.path)
+        pooled = "pool" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else group))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import mics_core as mics
-from mics_core.planner.candidate import Candidate
-from mics_core.planner.memory import memory
-from mics_core.planner.workload import trace
+from mics_core.planner import Candidate, memory, trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planner"))
 

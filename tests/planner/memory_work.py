@@ -12,8 +12,8 @@ from runtime_work import live_bytes
 
 ROWS, TOKENS, MICRO_STEPS = 4, 128, 2
 CONFIGS: dict[str, GPTConfig | BERTConfig] = {
-    "gpt": GPTConfig(vocab=512, context=TOKENS, layers=4, width=128, heads=4, kv_heads=4, hidden=512),
-    "bert": BERTConfig(vocab=512, context=TOKENS, layers=4, width=128, heads=4, hidden=512, types=1),
+    "gpt": GPTConfig(vocab=512, context=TOKENS, layers=3, width=128, heads=4, kv_heads=4, hidden=512),
+    "bert": BERTConfig(vocab=512, context=TOKENS, layers=3, width=128, heads=4, hidden=512, types=1),
 }
 
 
@@ -36,25 +36,34 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, Te
 
 def peaks(kind: str, checkpoint: bool, shardings: list[mics.Sharding], precision: mics.Precision) -> list[int]:
     """The most bytes that a steady step held under each sharding."""
+    train(kind, checkpoint, shardings[0], precision)  # brings the kernels' own small tables
+    return [peak(kind, checkpoint, sharding, precision) for sharding in shardings]
+
+
+def train(
+    kind: str, checkpoint: bool, sharding: mics.Sharding, precision: mics.Precision
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """As far as a steady state."""
+    model = mics.shard(build(kind, checkpoint=checkpoint), sharding, ranks_per_node=2, precision=precision)
+    optimizer = mics.AdamW(model.parameters())
+    for _ in range(2):
+        step(model, optimizer, batch())
+    mics.ledger(model)  # waits for what is under way
+    return model, optimizer
+
+
+def peak(kind: str, checkpoint: bool, sharding: mics.Sharding, precision: mics.Precision) -> int:
     given = batch()
-    result = []
-    for sharding in [shardings[0], *shardings]:  # the first brings the kernels' own small tables
-        before = live_bytes()
-        model = mics.shard(build(kind, checkpoint=checkpoint), sharding, ranks_per_node=2, precision=precision)
-        optimizer = mics.AdamW(model.parameters())
-        for _ in range(2):
-            step(model, optimizer, given)
-        mics.ledger(model)  # waits for what is under way
-        held = live_bytes() - before
-        # Of this thread: what lanes allocate they keep from the first steps on.
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
-            step(model, optimizer, given)
-            mics.ledger(model)
-        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        most = total = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            total += event.nbytes()
-            most = max(most, total)
-        result.append(held + most)
-        del model, optimizer
-    return result[1:]
+    before = live_bytes()
+    model, optimizer = train(kind, checkpoint, sharding, precision)
+    held = live_bytes() - before
+    # Of this thread: what lanes allocate they keep from the first steps on.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        step(model, optimizer, given)
+        mics.ledger(model)
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = total = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return held + most

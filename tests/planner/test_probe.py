@@ -1,5 +1,6 @@
 """`mics probe` measures ranks and writes a cluster that plans accept; "auto" chooses alike on all ranks."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import mics_core as mics
 import probe_work as work
 from mics_core import Cluster, ConfigError, Sharding
 from mics_core.forecast import forecast
+from mics_core.planner import probe
 from mics_core.planner.automatic import fitting
-from mics_core.planner.search import shardings
+from mics_core.planner.candidate import shardings
 from mics_core.topology import Topology
 from mics_models import gpt
 from pool import Pool
@@ -37,6 +39,21 @@ def test_a_probe_of_one_rank_guesses_links_and_says_so(tmp_path: Path) -> None:
     assert "guess" in cluster.sources["inter"]
     with pytest.raises(ConfigError, match=r"expected a name such as cluster\.toml"):
         work.quick(tmp_path / "cluster")
+
+
+def test_a_probe_that_cannot_write_says_so_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe._Prober, "fastest", lambda *_: pytest.fail("it measures"))
+    (tmp_path / "folder.toml").mkdir()
+    for path in (tmp_path / "absent" / "cluster.toml", tmp_path / "folder.toml"):
+        with pytest.raises(ConfigError, match=r"\.toml cannot be written: .*: name a file"):
+            probe.probe(path, quick=True)
+
+
+def test_no_size_is_measured_twice_however_many_ranks_share_it() -> None:
+    for ranks in (1, 2, 64, 1024, 10**5):
+        pieces = probe._pieces(probe._WHOLE.sizes, ranks)
+        assert all(low < high for low, high in pairwise(pieces)), ranks  # or a plan could not read the table
+    assert len(pieces) < len(probe._WHOLE.sizes)
 
 
 def test_auto_cuts_less_where_there_is_more_memory_and_alike_on_all_ranks(pool: Pool) -> None:
@@ -68,16 +85,6 @@ def test_auto_takes_the_first_that_fits_of_those_that_cut_least() -> None:
         cut = forecast(work.Model(), sharding, ranks=8, ranks_per_node=2)
         return sum(cut.at_rest().values()) + cut.gathered() + sum(cut.working().values())
 
-    four = Cluster.preset("p4d.24xlarge", 4)
-    chains = sorted(
-        ((s.params, s.grads, s.optimizer) for s in shardings(mics_cluster(four))),
-    )
-    for room in sorted({needed(Sharding(*chain)) for chain in chains}):
-        first = next(chain for chain in chains if needed(Sharding(*chain)) <= room)
-        assert fitting(formula, topology, room) == Sharding(*first)
-
-
-def mics_cluster(cluster: Cluster) -> Cluster:
-    from dataclasses import replace
-
-    return replace(cluster, ranks_per_node=2)
+    for room in sorted({needed(sharding) for sharding in shardings(topology)}):
+        first = next(sharding for sharding in shardings(topology) if needed(sharding) <= room)
+        assert fitting(formula, topology, room) == first

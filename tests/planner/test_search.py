@@ -9,12 +9,12 @@ from torch import nn
 
 import mics_core as mics
 from mics_core import Cluster, ConfigError, Precision, Sharding
+from mics_core.ledger import Formula, UnitSize
+from mics_core.planner import Candidate, Workload, memory, plan, simulate, trace
 from mics_core.planner.advice import cluster_that_fits
-from mics_core.planner.candidate import Candidate
-from mics_core.planner.memory import memory
-from mics_core.planner.search import plan, shardings
-from mics_core.planner.simulator import simulate
-from mics_core.planner.workload import Workload, trace
+from mics_core.planner.candidate import shardings
+from mics_core.planner.search import merged
+from mics_core.topology import Rungs, Topology
 from mics_models import GPT, GPTConfig, gpt
 
 BF16 = Precision.bf16()
@@ -36,7 +36,7 @@ def narrow(nodes: int = 4, memory: int = 1 << 34) -> Cluster:
 
 
 def test_degrees_share_a_node_or_fill_nodes() -> None:
-    found = list(shardings(narrow()))
+    found = list(shardings(Topology(8, 2)))
     assert Sharding(2, 2, 8) in found
     assert all(s.grads % s.params == s.optimizer % s.grads == 8 % s.optimizer == 0 for s in found)
     assert len(found) == len(set(found)) == 20  # chains of 1, 2, 4, 8
@@ -55,7 +55,7 @@ def test_no_simulated_sharding_that_fits_is_1_percent_faster_than_the_choice(sha
     cluster = replace(cluster, memory=int(share * whole))
     found = plan(work, cluster, global_batch=64, precision=BF16)
     assert found.memory.total <= cluster.memory
-    for sharding in shardings(cluster):
+    for sharding in shardings(Topology(8, 2)):
         for recompute in (False, True):
             for size in (1, 2, 4, 8):
                 other = Candidate(sharding, BF16, size, 8 // size, recompute)
@@ -69,12 +69,25 @@ def test_every_sharding_is_chosen_or_has_a_reason() -> None:
     whole = memory(work, Candidate(Sharding(1, 1, 1), BF16, 1, 8), cluster).total
     found = plan(work, replace(cluster, memory=whole // 2), global_batch=64, precision=BF16)
     told = {loser.candidate.sharding: loser.reason for loser in found.losers} | {found.sharding: "chosen"}
-    assert set(told) == set(shardings(cluster))
+    assert set(told) == set(shardings(Topology(8, 2)))
     assert told[Sharding(1, 1, 1)].startswith("does not fit: 0.")
     assert "cross nodes" in told[Sharding(8, 8, 8)]
     text = found.table()
     assert "Not chosen:" in text
     assert found.advice in text
+
+
+def test_three_units_send_what_many_do() -> None:
+    units = tuple(UnitSize(1024 * number, 512 * number) for number in range(1, 7))
+    for count in range(7):
+        for sharding in (Sharding(2, 2, 2), Sharding(8, 8, 8)):
+            rungs = Rungs.of(sharding, Topology(8, 2))
+            formula = Formula(sharding, BF16, rungs, UnitSize(2048, 0), units[:count])
+            sent = [
+                {key: traffic.bytes for key, traffic in each.step(3).items()}
+                for each in (formula, replace(formula, units=merged(formula.units)))
+            ]
+            assert sent[0] == sent[1]
 
 
 def test_what_the_user_fixes_stays_and_several_precisions_are_compared() -> None:
@@ -94,11 +107,19 @@ def test_the_plan_says_how_to_run_it() -> None:
     found = plan(workload(8), narrow(), global_batch=64, precision=BF16)
     p, g, o = found.sharding.params, found.sharding.grads, found.sharding.optimizer
     assert found.call().startswith(f"mics.shard(model, mics.Sharding({p}, {g}, {o}), precision=mics.Precision.bf16(")
-    assert found.command() == "torchrun --nnodes 4 --nproc-per-node 2 train.py"
+    assert found.command() == "torchrun --nnodes 4 --node-rank $NODE --master-addr $FIRST --nproc-per-node 2 train.py"
     line = found.command("-m mics_models.pretrain")
     assert f"sharding.params={p} " in line
     assert "batch.samples=64 " in line
     assert found.micro_batch * found.micro_steps * 8 == 64
+
+
+def test_the_call_that_is_printed_has_the_precision_of_the_plan() -> None:
+    work, cluster = workload(8), narrow()
+    for precision in (Precision.fp32(), BF16, Precision.fp16(), Precision(torch.float32, torch.bfloat16)):
+        found = plan(work, cluster, global_batch=64, precision=precision)
+        given = eval(found.call().partition("precision=")[2][:-1], {"mics": mics, "torch": torch})
+        assert given == precision
 
 
 def test_too_large_a_model_says_how_many_nodes_would_do() -> None:

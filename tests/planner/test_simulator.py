@@ -6,10 +6,13 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mics_core import topology
 from mics_core.errors import ConfigError
+from mics_core.ladder import Ladder, Route
 from mics_core.ledger import Formula
 from mics_core.planner import Candidate, Cluster, Link, System, Transport, simulate
 from mics_core.planner.collectives import Collectives, Move
@@ -19,6 +22,7 @@ from mics_core.planner.scaling import draw as draw_curves
 from mics_core.planner.schedule import Ours
 from mics_core.planner.simulator import turn
 from mics_core.planner.timeline import draw, write_trace
+from mics_core.planner.transfers import Transfers
 from mics_core.sharding import Precision, Sharding
 from mics_core.topology import Rungs, Topology
 from workloads_by_hand import workload
@@ -174,6 +178,19 @@ def test_a_way_that_leaves_nodes_has_a_lane_inside_and_one_between_them() -> Non
         for where in ("in nodes", "between nodes")
     )
     assert any(begin < other_end and other < end for begin, end in inside for other, other_end in between)
+
+
+@pytest.mark.parametrize("degrees", SHARDINGS)
+@pytest.mark.parametrize("per_node", [1, 2, 8])
+def test_lanes_are_those_of_the_ladder(degrees: tuple[int, int, int], per_node: int) -> None:
+    one = replace(cluster(RANKS // per_node), ranks_per_node=per_node)
+    transfers = Transfers(Collectives(one), candidate(*degrees))
+    rungs = Rungs.of(Sharding(*degrees), Topology(RANKS, per_node))
+    ladder = SimpleNamespace(rungs=rungs, _names=list(rungs.steps(1, RANKS)))
+    for route in Route:
+        for step in rungs.steps(1, RANKS):
+            place = "in nodes" if rungs.link(step) is topology.Link.NODE else "between nodes"
+            assert transfers._lane(route.value, step) == f"{Ladder._track(ladder, route, rungs.link(step))} {place}"
 
 
 def test_16384_ranks_are_simulated_as_fast_as_8() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mics_core import ConfigError, Precision
-from mics_core.planner import passing
-from mics_core.planner.workload import trace
+from mics_core.planner import passing, trace
+from mics_core.planner import workload as workload_module
 from mics_models import BERT, GPT, GPTConfig
 from mics_models.bert import BERTConfig
 from mics_models.configs import GPTS
@@ -40,7 +40,7 @@ def test_tracing_alike_units_once_finds_what_tracing_all_finds(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = trace(model, batch(), ranks=4)
-    monkeypatch.setattr(passing, "_describe", id)
+    monkeypatch.setattr(workload_module, "describe", id)
     everything = trace(model, batch(), ranks=4)
     assert [unit.forward_flops for unit in once.units] == [unit.forward_flops for unit in everything.units]
     for ours, theirs in zip(once.held, everything.held, strict=True):
@@ -85,6 +85,39 @@ def test_a_model_of_100_billion_parameters_is_traced_in_seconds() -> None:
     assert workload.flops_per_sample == model.flops_per_token(512) * 512
 
 
+class Layer(nn.Module):
+    def __init__(self, place: int, keeps: float) -> None:
+        super().__init__()
+        self.place, self.keeps = place, keeps
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.dropout(self.linear(x), 1 - self.keeps) if self.keeps < 1 else self.linear(x)
+
+
+class Layers(nn.Module):
+    def __init__(self, keeps: list[float]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(place, each) for place, each in enumerate(keeps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+def test_units_with_other_settings_are_traced_apart_and_those_that_know_their_place_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced = []
+    first = passing.Pass._first
+    monkeypatch.setattr(passing.Pass, "_first", lambda *given: traced.append(given[1]) or first(*given))
+    mixed = trace(Layers([1.0, 0.5, 1.0, 0.5, 1.0]), torch.zeros(1, 8, 16), ranks=1)
+    assert set(traced) == {1, 2, 3}  # the first one's input has no gradient
+    kept = [unit.activations for unit in mixed.units]
+    assert kept[2] == kept[4] < kept[1] == kept[3]
+
+
 class Asking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +130,21 @@ class Asking(nn.Module):
 def test_a_model_that_asks_for_values_is_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"trace: the model cannot run on the meta device .*\.item\(\).*sample="):
         trace(Asking(), torch.zeros(1, 4), ranks=1)
+
+
+class Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] > 99
+        return self.layer(x).sum()
+
+
+def test_a_model_that_fails_in_any_other_way_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"with a sample of shapes \[\(1, 4\)\]: AssertionError: .*: pass the sample"):
+        trace(Strict(), torch.zeros(1, 4), ranks=1)
 
 
 def test_rows_that_differ_are_refused() -> None:

@@ -71,7 +71,9 @@ def _checked_units(
     model: nn.Module, sharding: Sharding, precision: Precision, rule: UnitRule | None, prefetch_bytes: int | None
 ) -> list[Unit]:
     if not isinstance(sharding, Sharding):
-        raise ConfigError(f"shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)")
+        raise ConfigError(
+            f'shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8), or "auto"'
+        )
     if not isinstance(precision, Precision):
         raise ConfigError(f"shard: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
     if prefetch_bytes is not None and not (isinstance(prefetch_bytes, int) and prefetch_bytes >= 0):

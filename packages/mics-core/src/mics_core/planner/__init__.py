@@ -2,6 +2,24 @@
 
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster, Link, Transport
-from mics_core.planner.simulator import Event, Prediction, simulate
+from mics_core.planner.memory import Memory, memory
+from mics_core.planner.plan_table import Plan
+from mics_core.planner.search import plan
+from mics_core.planner.simulator import Prediction, simulate
+from mics_core.planner.workload import Workload, trace
 
-__all__ = ["Candidate", "Cluster", "Event", "Link", "Prediction", "System", "Transport", "simulate"]
+__all__ = [
+    "Candidate",
+    "Cluster",
+    "Link",
+    "Memory",
+    "Plan",
+    "Prediction",
+    "System",
+    "Transport",
+    "Workload",
+    "memory",
+    "plan",
+    "simulate",
+    "trace",
+]

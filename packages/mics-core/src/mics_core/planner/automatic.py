@@ -15,6 +15,7 @@ from mics_core.agreement import Request
 from mics_core.errors import ConfigError
 from mics_core.forecast import forecast
 from mics_core.ledger import Formula
+from mics_core.planner.candidate import shardings
 from mics_core.sharding import Precision, Sharding
 from mics_core.topology import Rungs, Topology
 from mics_core.units import UnitRule
@@ -76,23 +77,17 @@ def choose(
 
 def fitting(formula: Formula, topology: Topology, room: int) -> Sharding:
     """The sharding that cuts least of those whose bytes, activations apart, fit in so much room."""
-    node, world = min(topology.ranks_per_node, topology.world), topology.world
-    inside = [degree for degree in range(1, node + 1) if node % degree == 0]
-    degrees = [*inside, *(d for d in range(2 * node, world + 1, node) if world % d == 0)]
-    # The optimizer's state is cut first: that adds nothing to what micro-steps send.
-    chains = sorted((p, g, o) for p in degrees for g in degrees for o in degrees if g % p == 0 and o % g == 0)
-    least = None
-    for chain in chains:
-        sharding = Sharding(*chain)
+    least: int | None = None
+    for sharding in shardings(topology):
         cut = replace(formula, sharding=sharding, rungs=Rungs.of(sharding, topology))
         needed = sum(cut.at_rest().values()) + cut.gathered() + sum(cut.working().values())
         if needed <= room:
             return sharding
         least = needed if least is None else min(least, needed)
     raise ConfigError(
-        f'shard: no sharding over {world} ranks fits: "auto" found {least / 1e9 if least else 0:.2f} GB at least, and '
-        f"{room / 1e9:.2f} GB of a rank's memory for all but activations: use more ranks or smaller units, or choose a "
-        "sharding yourself"
+        f'shard: no sharding over {topology.world} ranks fits: "auto" found {least / 1e9 if least else 0:.2f} GB at '
+        f"least, and {room / 1e9:.2f} GB of a rank's memory for all but activations: use more ranks or smaller units, "
+        "or choose a sharding yourself"
     )
 
 

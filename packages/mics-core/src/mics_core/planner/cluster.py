@@ -6,13 +6,19 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mics_core.errors import ConfigError
+from mics_core.planner.candidate import System
+
+Made = TypeVar("Made")
+
+COLLECTIVES = ("gather", "reduce", "all-reduce")
+"""What tables are of."""
 
 Table = tuple[tuple[float, float], ...]
 """Bytes that one rank sends, in increasing order, and the seconds that they took."""
@@ -29,7 +35,8 @@ class Transport(Enum):
 class Link:
     """What a transfer costs: `bandwidth` and `latency`, or a measured table where there is one.
 
-    tables: by collective ("gather", "reduce", "all-reduce") and the number of ranks that take part.
+    tables: by collective, of COLLECTIVES, and the number of ranks that take part. On CPUs the seconds of "reduce" are
+        without the sum of what arrives, those of "all-reduce" with it.
     """
 
     bandwidth: float  # bytes a second in one direction: of each rank inside a node, of each node between nodes
@@ -37,7 +44,7 @@ class Link:
     tables: Mapping[tuple[str, int], Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.bandwidth <= 0 or self.latency < 0:
+        if not (self.bandwidth > 0 and self.latency >= 0):  # nor may they be NaN
             raise ConfigError(
                 f"Link: bandwidth is {self.bandwidth} and latency {self.latency}, expected bytes a second above 0 and "
                 "seconds from 0 up"
@@ -60,14 +67,26 @@ class Cluster:
     sources: Mapping[str, str] = field(default_factory=dict)  # field -> where its number is from
     transport: Transport = Transport.NCCL
     host: Mapping[str, float] = field(default_factory=dict)
-    """On CPU ranks, by System's value: seconds of the host at every unit, in each micro-step and in the update."""
+    """On CPU ranks, by System's value: seconds of the host at every unit in a micro-step; half of it in the update."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "memory", "memory_bandwidth", "efficiency"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"Cluster: {name} is {getattr(self, name)}, expected more than 0: set it")
-        if not self.flops:
-            raise ConfigError("Cluster: flops is empty, expected at least one dtype, such as float32: set it")
+        if self.efficiency > 1:
+            raise ConfigError(
+                f"Cluster: efficiency is {self.efficiency}, expected a share of the peak, at most 1: set it"
+            )
+        if not self.flops or not all(rate > 0 for rate in self.flops.values()):
+            raise ConfigError(
+                f"Cluster: flops is {dict(self.flops)}, expected more than 0 for at least one dtype, such as float32: "
+                "set it"
+            )
+        known = [system.value for system in System]
+        if not all(name in known and seconds >= 0 for name, seconds in self.host.items()):
+            raise ConfigError(
+                f"Cluster: host is {dict(self.host)}, expected seconds from 0 up for some of {known}: set it"
+            )
 
     @property
     def ranks(self) -> int:
@@ -102,12 +121,16 @@ class Cluster:
     def load(cls, path: Path | str) -> Cluster:
         """Read what `save` wrote."""
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text("utf-8")
         except FileNotFoundError as error:
             raise ConfigError(
                 f"cluster: there is no file {path}: `mics probe {path}` under torchrun measures one, and presets have "
                 "names such as p4d.24xlarge"
             ) from error
+        except OSError as error:
+            raise ConfigError(f"cluster: {path} cannot be read: {error.strerror}: name a file that can") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"cluster: {path} is no text: {error}: repair it, or measure anew") from error
         try:
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -116,7 +139,7 @@ class Cluster:
 
     def save(self, path: Path | str) -> None:
         """Write a TOML file that `load` reads."""
-        Path(path).write_text(_write(self))
+        Path(path).write_text(_write(self), "utf-8")
 
 
 @dataclass(frozen=True)
@@ -148,27 +171,50 @@ class _Reader:
             values["transport"] = self._transport(values["transport"])
         if "host" in values:
             values["host"] = {name: self._get(values["host"], name, float, "host.") for name in values["host"]}
-        try:
-            return Cluster(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{self.path}: {error}") from error
+        for name in values.get("sources", ()):
+            self._get(values["sources"], name, str, "sources.")
+        return self._made(lambda: Cluster(**values))
 
     def _link(self, content: dict[str, Any], within: str) -> Link:
         self._check_names(content, ["bandwidth", "latency", "tables"], within)
         tables = {}
         for entry in self._get(content, "tables", list, within) if "tables" in content else []:
             place = f"{within}tables."
-            self._check_names(entry, ["collective", "ranks", "bytes", "seconds"], place)
-            columns = [self._get(entry, name, list, place) for name in ("bytes", "seconds")]
-            if len(columns[0]) != len(columns[1]) or not columns[0] or columns[0] != sorted(set(columns[0])):
+            if not isinstance(entry, dict):
                 raise ConfigError(
-                    f"cluster: {self.path} has {len(columns[0])} bytes and {len(columns[1])} seconds in {place[:-1]}, "
+                    f"cluster: {self.path}: {place[:-1]} has {entry!r}, expected [[{place[:-1]}]] above fields"
+                )
+            self._check_names(entry, ["collective", "ranks", "bytes", "seconds"], place)
+            collective, ranks = self._get(entry, "collective", str, place), self._get(entry, "ranks", int, place)
+            if collective not in COLLECTIVES:
+                raise ConfigError(
+                    f"cluster: {self.path} has {place}collective {collective!r}, expected one of {COLLECTIVES}: choose "
+                    "one"
+                )
+            counts, seconds = self._numbers(entry, "bytes", place), self._numbers(entry, "seconds", place)
+            if len(counts) != len(seconds) or not counts or counts != sorted(set(counts)):
+                raise ConfigError(
+                    f"cluster: {self.path} has {len(counts)} bytes and {len(seconds)} seconds in {place[:-1]}, "
                     "expected equally many, the bytes in increasing order: measure again with `mics probe`"
                 )
-            key = (self._get(entry, "collective", str, place), self._get(entry, "ranks", int, place))
-            tables[key] = tuple((float(count), float(time)) for count, time in zip(*columns, strict=True))
+            tables[collective, ranks] = tuple(zip(counts, seconds, strict=True))
         bandwidth, latency = (self._get(content, name, float, within) for name in ("bandwidth", "latency"))
-        return Link(bandwidth, latency, tables)
+        return self._made(lambda: Link(bandwidth, latency, tables))
+
+    def _numbers(self, content: dict[str, Any], name: str, within: str) -> list[float]:
+        given = self._get(content, name, list, within)
+        for each in given:
+            if isinstance(each, bool) or not isinstance(each, int | float) or not each > 0:
+                raise ConfigError(
+                    f"cluster: {self.path}: {within}{name} has {each!r}, expected numbers above 0: correct it"
+                )
+        return [float(each) for each in given]
+
+    def _made(self, make: Callable[[], Made]) -> Made:
+        try:
+            return make()
+        except ConfigError as error:
+            raise ConfigError(f"cluster: {self.path}: {error}") from error
 
     def _transport(self, text: str) -> Transport:
         known = [each.value for each in Transport]

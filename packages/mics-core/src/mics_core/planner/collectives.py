@@ -105,8 +105,11 @@ class Collectives:
         return Move(place, busy, latency)
 
     def asking(self) -> Move:
-        """A few bytes from every host to every other, around one ring of all ranks."""
-        return Move(None, 0.0, 2 * self._hops(self.contiguous(self.cluster.ranks)))
+        """A few bytes from every host to every other: a round for each bit of their number, of which some rank crosses
+        nodes in each.
+        """
+        link = self.cluster.inter if self.cluster.nodes > 1 else self.cluster.intra
+        return Move(None, 0.0, (self.cluster.ranks - 1).bit_length() * link.latency)
 
     def _around(self, peers: Sequence[int]) -> Ring:
         nodes = len({peer // self._per_node for peer in peers})

@@ -14,6 +14,7 @@ from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.workload import in_a_line
 from mics_core.sharding import Precision
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def run(given: argparse.Namespace) -> None:
     if given.command == "probe":
         from mics_core.planner.probe import probe
 
-        probe(given.out, quick=given.quick)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        try:
+            probe(given.out, quick=given.quick)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     elif given.command == "simulate":
         _simulate(given)
     else:
@@ -78,11 +81,18 @@ def _simulate(given: argparse.Namespace) -> None:
     points = scaling.curves(plan.workload, plan.cluster, plan.chosen, nodes, kind)
     print(scaling.table(points))
     if given.out is not None:
-        scaling.draw(points, given.out)
+        try:
+            scaling.draw(points, given.out)
+        except OSError as error:
+            raise ConfigError(
+                f"--out is {given.out}, which cannot be written: {error.strerror}: name a file in a folder of yours"
+            ) from error
         print(given.out)
 
 
 def _show(given: argparse.Namespace) -> None:
+    if given.top < 1:
+        raise ConfigError(f"--top is {given.top}, expected at least 1: so many rows are shown")
     plan = _plan(given, Cluster.parse(given.cluster))
     print(plan.table(given.top))
     module, name, arguments = parse(given.model)
@@ -102,19 +112,19 @@ def build(expression: str) -> nn.Module:
     module, name, arguments = parse(expression)
     try:
         make = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # of the user's module, so of any kind
         raise ConfigError(
-            f"plan: --model {expression} names {name} of {module}, which cannot be imported: {error}: name a function "
-            "or class of an installed module"
+            f"--model {expression} names {name} of {module}, which cannot be imported: {in_a_line(error)}: name a "
+            "function or class of an installed module"
         ) from error
     try:
         with torch.device("meta"):
             model = make(*arguments)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"plan: --model {expression} failed: {error}: correct its arguments") from error
+    except Exception as error:
+        raise ConfigError(f"--model {expression} failed: {in_a_line(error)}: correct its arguments") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"plan: --model {expression} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds "
+            f"--model {expression} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds "
             "the model"
         )
     return model
@@ -131,27 +141,32 @@ def parse(expression: str) -> tuple[str, str, list[object]]:
         return module, node.func.id, [ast.literal_eval(argument) for argument in node.args]
     except (SyntaxError, ValueError) as error:
         raise ConfigError(
-            f"plan: --model is {expression!r}, expected a module and a call with literals, as in "
+            f"--model is {expression!r}, expected a module and a call with literals, as in "
             "'mics_models:gpt(\"gpt-100b\")': quote it for the shell"
         ) from error
 
 
 def counts(text: str) -> list[int]:
-    """Numbers of nodes: "2,4,8", or "2,4,...,64" for those between by the same factor."""
+    """Numbers of nodes, fewest first: "2,4,8", or "2,4,...,64" for those between by the same factor."""
     try:
-        parts = text.split(",")
-        if "..." not in parts:
-            return sorted({int(part) for part in parts})
-        place = parts.index("...")
-        if place < 2:
-            raise IndexError
-        first, second, last = (int(parts[place + offset]) for offset in (-2, -1, 1))
-        numbers = [int(part) for part in parts[:place]]
-        while second > first > 0 and second % first == 0 and numbers[-1] * (second // first) < last:
-            numbers.append(numbers[-1] * (second // first))
-        return [*numbers, last]
-    except (ValueError, IndexError) as error:
-        raise ConfigError(f"simulate: --nodes is {text!r}, expected numbers such as 2,4,8 or 2,4,...,64") from error
+        *given, last = text.split(",")
+        between = given[-1:] == ["..."]
+        numbers = [int(part) for part in (given[:-1] if between else given)]
+        if between:
+            factor, left = divmod(numbers[-1], numbers[-2])
+            if left or factor < 2:
+                raise ValueError
+            while numbers[-1] * factor < int(last):
+                numbers.append(numbers[-1] * factor)
+        numbers.append(int(last))
+        if numbers != sorted(set(numbers)) or numbers[0] < 1:
+            raise ValueError
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"--nodes is {text!r}, expected whole numbers in increasing order, such as 2,4,8, or 2,4,...,64 for those "
+            "between by the same factor: correct it"
+        ) from error
+    return numbers
 
 
 def _plan(given: argparse.Namespace, cluster: Cluster) -> Plan:

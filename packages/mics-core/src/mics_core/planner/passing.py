@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from mics_core import trees
 from mics_core.planner.live import FusedAttention, Live
 from mics_core.units import Unit
 
+_PLAIN = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
+"""Of attributes that tell one unit from another."""
+
 
 @dataclass(eq=False)
 class _Kind:
-    """What is known of units that are alike: their class, parameters and inputs."""
+    """What is known of units that are alike: see `describe`."""
 
     flops: float
     kept: int  # bytes beyond inputs and outputs that live from forward to backward
@@ -30,9 +34,12 @@ class _Kind:
 class Pass:
     """A forward and backward of a model on the meta device, whose units' gradients go as soon as all are there."""
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], *, recompute: bool) -> None:
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], described: Sequence[object], *, recompute: bool
+    ) -> None:
         self._model = model
         self._units = units
+        self._described = described
         self._recompute = recompute
         self._kinds: dict[object, _Kind] = {}
         self._of_unit: dict[int, _Kind] = {}  # by the number of the unit, in the order of their first calls
@@ -104,7 +111,7 @@ class Pass:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:
                 return self._compute(fused, args, kwargs)  # again, for a checkpoint of the model's own
-            key = (_describe(self._units[number]), _signature((args, kwargs)), torch.is_grad_enabled())
+            key = (self._described[number], _signature((args, kwargs)), torch.is_grad_enabled())
             inputs = [tensor for tensor in trees.tensors((args, kwargs)) if tensor.requires_grad]
             if key in self._kinds:
                 return self._stand_in(number, self._kinds[key], inputs)
@@ -207,9 +214,18 @@ def _drop_gradients(unit: Unit) -> list[Any]:
     return [p.register_post_accumulate_grad_hook(hook) for p in parameters]  # type: ignore[no-untyped-call]
 
 
-def _describe(unit: Unit) -> object:
+def describe(unit: Unit) -> object:
+    """What units must share to be alike: parameters, and the classes and plain settings of all modules inside."""
     members = [(tuple(m.parameter.shape), m.parameter.requires_grad) for m in (*unit.trained, *unit.frozen)]
-    return type(unit.module), tuple(members)
+    own = unit.name.rpartition(".")[2]
+    modules = [(path, type(module), _settings(module, own)) for path, module in unit.module.named_modules()]
+    return tuple(members), tuple(modules)
+
+
+def _settings(module: nn.Module, own: str) -> tuple[object, ...]:
+    """Numbers, texts and functions among its attributes. A layer that knows its own place in the list is no other."""
+    found = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    return tuple((name, "its place" if repr(value) == own else repr(value)) for name, value in sorted(found.items()))
 
 
 def _signature(value: Any) -> object:

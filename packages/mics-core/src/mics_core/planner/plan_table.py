@@ -100,15 +100,18 @@ class Plan:
     def call(self) -> str:
         """The call of `mics.shard` in a program."""
         p, g, o = _triple(self.sharding)
-        name = _SHORT.get(self.precision.compute, "fp32")
-        given = "" if name == "fp32" else f"reduce={self.precision.reduce}"
         ahead = self.chosen.prefetch_units
         prefetch = "" if ahead == 1 else f", prefetch_bytes={ahead * _largest(self.workload, self.precision)}"
-        return f"mics.shard(model, mics.Sharding({p}, {g}, {o}), precision=mics.Precision.{name}({given}){prefetch})"
+        return f"mics.shard(model, mics.Sharding({p}, {g}, {o}), precision={_precision(self.precision)}{prefetch})"
 
     def command(self, program: str = "train.py") -> str:
-        """The line that starts `program` on every node; for mics_models.pretrain, with the settings of this plan."""
-        line = f"torchrun --nnodes {self.cluster.nodes} --nproc-per-node {self.cluster.ranks_per_node} {program}"
+        """The line that starts `program` on every node; for mics_models.pretrain, with the settings of this plan.
+
+        Of several nodes each has its number from 0 up in NODE, and the first one's name or address in FIRST.
+        """
+        nodes, ranks = self.cluster.nodes, self.cluster.ranks_per_node
+        among = f"--nnodes {nodes} --node-rank $NODE --master-addr $FIRST " if nodes > 1 else ""
+        line = f"torchrun {among}--nproc-per-node {ranks} {program}"
         if "mics_models.pretrain" not in program:
             return line
         p, g, o = _triple(self.sharding)
@@ -148,6 +151,14 @@ class Plan:
 def _largest(workload: Workload, precision: Precision) -> int:
     units = (workload.root, *workload.units)
     return max(unit.size.trained + unit.size.frozen for unit in units) * precision.compute.itemsize
+
+
+def _precision(precision: Precision) -> str:
+    if precision == Precision.fp32():
+        return "mics.Precision.fp32()"
+    if precision.compute in (torch.bfloat16, torch.float16) and precision.master == torch.float32:
+        return f"mics.Precision.{_SHORT[precision.compute]}(reduce={precision.reduce})"
+    return f"mics.Precision({precision.compute}, {precision.reduce}, {precision.master})"
 
 
 def _triple(sharding: Sharding) -> tuple[int, int, int]:

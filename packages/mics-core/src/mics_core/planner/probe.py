@@ -45,6 +45,8 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
         raise ConfigError(f"probe: the file is {path}, expected a name such as cluster.toml: plans tell it by its end")
     device = comm.init()
     world = comm.World(None)
+    writable = not path.is_dir() and os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+    _check_written(path, None if writable else "no such folder, or no permission", world)  # before minutes of work
     per_node = min(comm.ranks_per_node(world.tell(comm.node_name()), whole_world=True), world.size)
     effort = _QUICK if quick else _WHOLE if device.type == "cuda" else _WHOLE_CPU
     groups = [*_inside(per_node), *_between(world.size // per_node)]
@@ -85,15 +87,20 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
         try:
             cluster.save(path)
         except OSError as error:
-            problem = f"probe: {path} cannot be written: {error}: name a file in a folder of yours"
-    if told := world.tell(problem)[0]:
-        raise ConfigError(told)
+            problem = error.strerror
+    _check_written(path, problem, world)
     if world.rank == 0:
         print(
             f"{path}: {cluster.nodes} nodes of {per_node} ranks; {intra.bandwidth / 1e9:.3g} GB/s of a rank inside a "
             f"node, {inter.bandwidth / 1e9:.3g} GB/s of a node between nodes"
         )
     return cluster
+
+
+def _check_written(path: Path, problem: str | None, world: comm.World) -> None:
+    """Raise on all ranks what rank 0 has found."""
+    if told := world.tell(problem)[0]:
+        raise ConfigError(f"probe: {path} cannot be written: {told}: name a file in a folder of yours")
 
 
 class _Prober:
@@ -125,8 +132,7 @@ class _Prober:
             ranks = max(self._world.tell(len(group.seat.ranks)))
             for collective in ("gather", "reduce", "all-reduce"):
                 rows = []
-                for size in self._effort.sizes:
-                    piece = _piece(size, ranks)
+                for piece in _pieces(self._effort.sizes, ranks):
                     seconds = self.fastest(self._work(group, collective, piece))
                     sent = piece * (ranks - 1) * (2 if collective == "all-reduce" else 1)
                     rows.append((float(sent), seconds))
@@ -134,7 +140,7 @@ class _Prober:
                 tables[collective, ranks] = tuple(rows)
                 if collective == "gather":
                     (small, least), (large, most) = rows[0], rows[-1]
-                    rate = (large - small) / max(most - least, 1e-9)
+                    rate = (large - small) / (most - least) if most > least else large / most
                     bandwidths.append(sharing * rate)
                     hops = ranks - 1 if self._world.device.type == "cuda" else 1
                     latencies.append(max(least - small / rate, 1e-7) / hops)
@@ -177,7 +183,7 @@ class _Prober:
         if collective == "gather":
             return lambda: group.gather(whole, mine)
         if collective == "reduce":
-            return lambda: _sum(group.exchange(whole))
+            return lambda: group.exchange(whole)  # the sum of what comes costs memory, which plans count apart
 
         def both() -> None:
             group.gather(whole, _sum(group.exchange(whole)))
@@ -192,9 +198,9 @@ def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _piece(size: int, ranks: int) -> int:
-    """Bytes for each other rank, of which a collective sends `size` in all."""
-    return max(64, size // max(ranks - 1, 1) // 64 * 64)
+def _pieces(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Bytes for each other rank, of which a collective sends about these in all, none twice."""
+    return sorted({max(64, size // max(ranks - 1, 1) // 64 * 64) for size in sizes})
 
 
 def _inside(per_node: int) -> list[int]:

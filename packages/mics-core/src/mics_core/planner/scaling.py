@@ -76,7 +76,10 @@ def curves(
         for count in nodes:
             grown = cluster.with_nodes(count)
             local = candidate if scaling is Scaling.WEAK else _shared(candidate, nodes[0], count)
-            local = replace(local, sharding=local.sharding.resolve(grown.ranks))
+            try:
+                local = replace(local, sharding=local.sharding.resolve(grown.ranks))
+            except ConfigError as error:
+                raise ConfigError(f"simulate: on {count} nodes: {error}, or numbers of nodes that it fits") from error
             prediction = simulate(workload, grown, peer(local, system, grown), system)
             each = local.micro_batch * local.micro_steps
             point = Point(system, count, grown.ranks, each * grown.ranks, prediction, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +13,14 @@ from mics_core.errors import ConfigError
 from mics_core.ledger import UnitSize
 from mics_core.planner.advice import advise, cluster_that_fits, reason
 from mics_core.planner.arithmetic import Arithmetic
-from mics_core.planner.candidate import Candidate, System
+from mics_core.planner.candidate import Candidate, System, shardings
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.memory import Memory, formula_of, memory
 from mics_core.planner.plan_table import Loser, Plan, Row
 from mics_core.planner.simulator import simulate
 from mics_core.planner.workload import Sample, Workload, trace
 from mics_core.sharding import Precision, Sharding
-from mics_core.topology import Link
+from mics_core.topology import Link, Topology
 from mics_core.units import UnitRule
 
 SIMULATED = 10
@@ -70,7 +70,7 @@ def plan(
     share = _share(global_batch, cluster)
     recomputes = (False, True) if recompute is None else (recompute,)
     fitting, losers = [], []
-    for sharding in shardings(cluster):
+    for sharding in shardings(Topology(cluster.ranks, cluster.ranks_per_node)):
         found, least = _best_of(workload, cluster, sharding, precisions[0], share, recomputes)
         if found:
             fitting.append(min(found, key=lambda each: (each.estimate, each.candidate.recompute)))
@@ -100,19 +100,6 @@ def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
         raise ConfigError(f"plan: seq is {seq}, expected the tokens of a sample: pass seq=..., or sample=...")
     row = torch.empty(1, seq, dtype=torch.int64, device="meta")
     return {tokens: row, targets: row}
-
-
-def shardings(cluster: Cluster) -> Iterator[Sharding]:
-    """All chains of degrees that share a node evenly or fill whole nodes, those that cut least first."""
-    node, world = cluster.ranks_per_node, cluster.ranks
-    inside = [degree for degree in range(1, node + 1) if node % degree == 0]
-    across = [node * nodes for nodes in range(2, cluster.nodes + 1) if cluster.nodes % nodes == 0]
-    degrees = [degree for degree in (*inside, *across) if world % degree == 0]
-    for p in degrees:
-        for g in degrees:
-            for o in degrees:
-                if g % p == 0 and o % g == 0:
-                    yield Sharding(p, g, o)
 
 
 def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[Precision]:
@@ -170,8 +157,7 @@ def _times(workload: Workload, cluster: Cluster, candidate: Candidate) -> tuple[
     works = [arithmetic.unit(workload.root, root=True), *(arithmetic.unit(unit) for unit in workload.units)]
     compute = candidate.micro_steps * sum(work.forward + work.backward for work in works)
     formula = formula_of(workload, candidate, cluster)
-    size = UnitSize(sum(unit.trained for unit in formula.units), sum(unit.frozen for unit in formula.units))
-    traffic = replace(formula, units=(size,)).step(candidate.micro_steps)
+    traffic = replace(formula, units=merged(formula.units)).step(candidate.micro_steps)
     links = {Link.NODE: 0.0, Link.NET: 0.0}
     names = {formula.rungs.name(step): formula.rungs.link(step) for step in range(len(formula.rungs.degrees) - 1)}
     for (_, rung), moved in traffic.items():
@@ -182,19 +168,28 @@ def _times(workload: Workload, cluster: Cluster, candidate: Candidate) -> tuple[
     return longest, longest + 0.1 * (compute + inside + between - longest)
 
 
+def merged(units: tuple[UnitSize, ...]) -> tuple[UnitSize, ...]:
+    """Three that send what all do: the first and the last are gathered less often, those between them all alike."""
+    if len(units) <= 3:
+        return units
+    middle = UnitSize(sum(unit.trained for unit in units[1:-1]), sum(unit.frozen for unit in units[1:-1]))
+    return units[0], middle, units[-1]
+
+
 def _simulated(
     workload: Workload, cluster: Cluster, fitting: list[_Fitting], precisions: Sequence[Precision]
 ) -> tuple[list[Row], list[_Fitting]]:
     """The most promising ones, the choice first, and those that were not simulated."""
     fitting = sorted(fitting, key=lambda each: each.estimate)
     rows: list[Row] = []
+    rest: list[_Fitting] = []
     best = float("inf")
-    for number, each in enumerate(fitting):
-        if number >= SIMULATED or each.bound > AS_FAST * best:
-            break
+    for each in fitting:
+        if len(rows) == SIMULATED or each.bound > AS_FAST * best:
+            rest.append(each)
+            continue
         rows.append(Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory))
         best = min(best, rows[-1].prediction.seconds)
-    rest = fitting[len(rows) :]
     rows.sort(key=lambda row: row.prediction.seconds)
     chosen = min((row for row in rows if row.prediction.seconds <= AS_FAST * best), key=_simplicity)
     varied = [chosen]

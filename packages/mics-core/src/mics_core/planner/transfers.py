@@ -28,7 +28,7 @@ class Transfers:
         self._collectives = collectives
         self._sharding = candidate.sharding
         self._precision = candidate.precision
-        per_node = candidate.ranks_per_node or min(cluster.ranks_per_node, cluster.ranks)
+        per_node = candidate.ranks_per_node or cluster.ranks_per_node
         self._rungs = Rungs.of(candidate.sharding, Topology(cluster.ranks, per_node))
         self._sums_itself = cluster.transport is Transport.GLOO  # else the collective does
         self.gather = lru_cache(None)(self._gather)
@@ -52,8 +52,8 @@ class Transfers:
     def _hop1(self, trained: int, *, first: bool) -> Stages:
         """Up to G, and onto the sum of the micro-steps before."""
         g = self._sharding.grads
-        adding = trained // g * self._precision.master.itemsize * (1 if first else 2)
-        return self._with(self._climb(HOP1, trained, 1, g), adding)
+        sums = trained // g * self._precision.master.itemsize
+        return self._climb(HOP1, trained, 1, g, sums if first else 2 * sums)
 
     def _convert(self, trained: int) -> Stages:
         """The gradient into the dtype that travels, where it is not the master's."""
@@ -64,13 +64,18 @@ class Transfers:
 
     def _rise(self, trained: int) -> Stages:
         """Hop 2, up to all ranks."""
-        return self._climb(RISE, trained, self._sharding.grads, self._rungs.degrees[-1])
+        world = self._rungs.degrees[-1]
+        ends = self._precision.master if self._sharding.optimizer == world else self._precision.reduce
+        return self._climb(RISE, trained, self._sharding.grads, world, trained // world * ends.itemsize)
 
     def _fall(self, trained: int) -> Stages:
         """The sync, down to O, in the dtype that travels."""
         o = self._sharding.optimizer
         stages = self._descend(FALL, trained, self._rungs.degrees[-1], o, self._precision.reduce.itemsize)
-        return self._with(stages, trained // o * self._both if self._precision.reduce != self._precision.master else 0)
+        if not stages or self._precision.reduce == self._precision.master:
+            return stages
+        *before, (lane, moves) = stages
+        return (*before, (lane, (*moves, self._memory(trained // o * self._both))))
 
     def _refresh(self, trained: int) -> Stages:
         o, p = self._sharding.optimizer, self._sharding.params
@@ -88,23 +93,19 @@ class Transfers:
             found[lane] = (*found.get(lane, ()), self._collectives.step("gather", self._rungs, step, piece))
         return tuple(found.items())
 
-    def _climb(self, route: str, size: int, low: int, high: int) -> Stages:
+    def _climb(self, route: str, size: int, low: int, high: int, written: float) -> Stages:
+        """Up, with a sum in memory behind each step; the last one reads and writes so many bytes beside its parts."""
         found: dict[str, Moves] = {}
         for step in self._rungs.steps(low, high):
             below, above = self._rungs.degrees[step : step + 2]
             piece = size / above * self._precision.reduce.itemsize
-            parts = above // below + 1 if self._sums_itself else 1
+            parts = above // below if self._sums_itself else 1
+            count = parts * piece + (written if above == high else piece)
+            sums = self._sums_itself or above == high  # else the collective has left the sum where it is wanted
             lane = self._lane(route, step)
             moved = self._collectives.step("reduce", self._rungs, step, piece)
-            found[lane] = (*found.get(lane, ()), moved, self._memory(parts * piece))
+            found[lane] = (*found.get(lane, ()), moved, *([self._memory(count)] if sums else []))
         return tuple(found.items())
-
-    def _with(self, stages: Stages, count: float) -> Stages:
-        """The last stage ends with so many bytes in memory."""
-        if not stages or not count:
-            return stages
-        *before, (lane, moves) = stages
-        return (*before, (lane, (*moves, self._memory(count))))
 
     def _lane(self, route: str, step: int) -> str:
         """At the top what rises and what falls takes turns."""

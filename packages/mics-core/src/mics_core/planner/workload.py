@@ -15,7 +15,7 @@ from mics_core import trees
 from mics_core.errors import ConfigError
 from mics_core.forecast import forecast
 from mics_core.ledger import UnitSize
-from mics_core.planner.passing import Pass
+from mics_core.planner.passing import Pass, describe
 from mics_core.sharding import Precision, Sharding
 from mics_core.units import UnitRule, find
 
@@ -84,19 +84,20 @@ def trace(
 
     sample: what the model is called with: keywords in a mapping, arguments in a tuple, or one tensor. Rows of its
     tensors are samples, and only their shapes and dtypes count. The model should return its loss: what a loss of its
-    outputs takes is not seen. Units of one class with parameters and inputs of the same shapes count as alike, and
-    only the first of them is traced. Attention counts as computed by a fused kernel. The model must run on the meta
-    device: no `.item()`, no branch on a tensor's values.
+    outputs takes is not seen. Units count as alike, and only the first of them is traced, if their modules are of the
+    same classes with the same plain attributes, and their parameters and inputs have the same shapes. Attention counts
+    as computed by a fused kernel. The model must run on the meta device: no `.item()`, no branch on a tensor's values.
     """
     precision = precision or Precision.fp32()
     twin = _to_meta(model, precision.compute)
     rows = _rows(sample)
     formula = forecast(model, Sharding.zero3(), ranks=ranks, ranks_per_node=1, units=units, precision=precision)
     found = find(twin, units)
+    described = [describe(unit) for unit in found]
     one, held = None, []
     for batch in BATCHES:
         plain, recomputed = (
-            _run(Pass(twin, found, recompute=recompute), _batch(sample, rows, batch, precision.compute))
+            _run(Pass(twin, found, described, recompute=recompute), _batch(sample, rows, batch, precision.compute))
             for recompute in (False, True)
         )
         one = one or plain
@@ -118,17 +119,21 @@ def trace(
     )
 
 
+def in_a_line(error: Exception) -> str:
+    """The kind of an error of someone else's code, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def _run(one: Pass, sample: Sample) -> Pass:
     try:
         one.run(sample)
     except ConfigError:
         raise
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # of the user's model, so of any kind
         shapes = [tuple(tensor.shape) for tensor in trees.tensors(sample)]
         raise ConfigError(
-            f"trace: the model cannot run on the meta device with a sample of shapes {shapes}: "
-            f"{str(error).splitlines()[0]}: pass the "
-            "sample that it takes as mics.plan(sample=...), and let its forward not ask for values of tensors"
+            f"trace: the model cannot run on the meta device with a sample of shapes {shapes}: {in_a_line(error)}: "
+            "pass the sample that it takes as mics.plan(sample=...), and let its forward not ask for values of tensors"
         ) from error
     return one
 
