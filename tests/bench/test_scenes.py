@@ -195,8 +195,8 @@ def test_weak_scaling_is_what_eight_nodes_keep_of_two(tmp_path: Path) -> None:
     assert "8 nodes" in header
     assert [cell.strip() for cell in full.split("|")[-4:-1]] == ["0.500", "", "50%"]
     assert [cell.strip() for cell in ours.split("|")[-4:-1]] == ["1.000", "1.000", "50%"]
-    # 262 kB at 20 Mbit/s; 2 blocks of 0.4 and 0.8 s
+    # 262 kB at 50 Mbit/s; 2 blocks of 0.8 and 1.6 s
     scene = plain(next(scene for scene in SCENES if scene.name == "weak-8"))
-    assert "needs 0.044 of a micro-step's 2.4 s" in weak_note({"weak-8": {"scene": scene}})
+    assert "needs 0.009 of a micro-step's 4.8 s" in weak_note({"weak-8": {"scene": scene}})
     plots.weak(records, tmp_path / "weak.png")
     assert (tmp_path / "weak.png").read_bytes().startswith(b"\x89PNG")
