@@ -33,10 +33,10 @@ class Part:
 
 
 PARTS = (
-    Part("host", ("bench.host",), 30),
-    Part("training", ("bench.training",), 100),
-    Part("checkpoints", ("bench.checkpoints",), 60),
-    Part("links", ("bench.links",), 85, unavailable),
+    Part("host", ("bench.host",), 15),
+    Part("training", ("bench.training",), 85),
+    Part("checkpoints", ("bench.checkpoints",), 50),
+    Part("links", ("bench.links",), 95, unavailable),
     *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
     Part("kernels", ("bench.kernels", "--threads", "1"), 110),
 )

@@ -153,7 +153,7 @@ GOALS = (
         for base in ("FSDP2 full", "ZeRO-3")
         for scene, micro_steps in (("peers-large", 4), ("peers-100", 8))
     ],
-    faster("peers-large", "mics 2,2,2", "HSDP 2", 1.0),
+    faster("peers-100", "mics 2,2,2", "HSDP 2", 1.0, 8),
     faster("peers-large", "mics 1,1,1", "DDP", 1.0),
     Goal(
         "mics 2,2,-1, weak scaling from 2 to 8 nodes",

@@ -28,7 +28,6 @@ from mics_core.checkpoint.folder import find
 from mics_core.checkpoint.manifest import Manifest, measure
 from mics_core.checkpoint.writing import INDEX
 
-
 _THREADS = 4
 """What is read is copied twice, so one thread is slower than a disk."""
 
