@@ -36,9 +36,9 @@ PARTS = (
     Part("host", ("bench.host",), 15),
     Part("training", ("bench.training",), 85),
     Part("checkpoints", ("bench.checkpoints",), 50),
-    Part("links", ("bench.links",), 95, unavailable),
+    Part("links", ("bench.links",), 85, unavailable),
     *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
-    Part("kernels", ("bench.kernels", "--threads", "1"), 110),
+    Part("kernels", ("bench.kernels", "--threads", "1"), 100),
 )
 
 

@@ -66,16 +66,16 @@ _PEERS = Scene(
     "peers-100",
     "A step against the peers, nothing to hide behind: all is the wire",
     (*PEERS, *OURS),
-    budget=165,
+    budget=130,
     micro_steps=(1, 8),
     width=288,
-    rounds=3,
+    rounds=2,
 )
 _WEAK = Scene(
     "weak-1",
     "Weak scaling, with a stand-in for the computation",
     ("FSDP2 full", "ZeRO-3", "mics 2,2,-1"),
-    budget=65,
+    budget=55,
     nodes=1,
     rate_mbit=50.0,
     micro_steps=(2,),
@@ -89,7 +89,7 @@ _WEAK = Scene(
 
 SCENES = (
     _PEERS,
-    replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4), budget=90),
+    replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4), budget=70),
     Scene(
         "peers-large",
         "A step of a larger model, of which the cores are a smaller part",
@@ -102,7 +102,7 @@ SCENES = (
         "stand-in",
         "How near to the limit, with a stand-in for the computation",
         ("HSDP 4", "mics 4,4,4", "mics 2,2,4", "mics 2,2,8", "mics 2,2,2", "mics 1,1,1"),
-        budget=100,
+        budget=95,
         stand_in=COMPUTE,
         steps=2,
         rounds=3,
@@ -123,7 +123,7 @@ SCENES = (
     ),
     _WEAK,
     replace(_WEAK, name="weak-2", nodes=2, budget=75),
-    replace(_WEAK, name="weak-8", nodes=8, budget=100),
+    replace(_WEAK, name="weak-8", nodes=8, budget=95),
     Scene(
         "ablation",
         "Each mechanism off in turn, with a stand-in for the computation",

@@ -54,7 +54,8 @@ sys.exit(kernels.main(["--quick", "--ops", "pack,square_sum", "--out", "name", "
 
 
 def in_a_new_process(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ours = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")  # with the latter, benchmarks do not run
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
