@@ -1,4 +1,4 @@
-"""Predicted beside measured on the emulated cluster of the bench. Four numbers are fitted, to four of the rows.
+"""Predicted beside measured on the emulated cluster of the bench. Three numbers are fitted, to three of the rows.
 
 python tests/planner/emulated.py    # writes what the records give into docs/planning.md
 """
@@ -29,9 +29,11 @@ SPEED = 1e12
 RANKS = 8
 """Of the rows that the fit is made from."""
 
-FEWEST, MOST = "the fewest", "the most"
-CALIBRATION = (("mics 1,1,1", FEWEST), ("mics 1,1,1", MOST), ("mics 2,2,2", MOST), ("HSDP 2", MOST))
-"""The steps of the fit, of the scene peers-100: with the fewest micro-steps what comes once a step counts most."""
+CALIBRATION = ("mics 1,1,1", "mics 2,2,2", "HSDP 2")
+"""The steps of the fit, of the scene peers-100 with the most micro-steps."""
+
+SHARED = 4
+"""Ranks of those that share a core."""
 
 # Not fitted. gloo's time for a few bytes, 0.4 ms where nothing else runs, and 4 ranks share a core; memory as
 # bench/results/cpu/kernels.json has it for buffers of this size, shared alike; headers take 1 % of a link.
@@ -40,12 +42,11 @@ MESSAGE, MEMORY, PAYLOAD = 1.6e-3, 2.5e9, 0.99
 
 @dataclass(frozen=True)
 class Fit:
-    """The four numbers that are fitted, each to the step of CALIBRATION that depends on it most."""
+    """The three numbers that are fitted, each to the step of CALIBRATION that depends on it most."""
 
     step: float = 1e-2  # seconds of every step, whatever is in it: ranks that meet, clip, and wake on shared cores
-    host: float = 1e-3  # seconds of the host at every unit under our runtime
     inside: float = 1e8  # bytes a second from rank to rank in a node
-    peer: float = 1e-3  # as host, under FSDP2
+    peer: float = 1e-3  # seconds of the host at every unit under FSDP2
 
 
 @dataclass(eq=False)
@@ -73,8 +74,8 @@ class Row:
         crowd = self.ranks / RANKS
         wire = 1e-3 * self.scene["latency_ms"]
         hooks = json.loads((RESULTS / "cpu" / "host.json").read_text())
-        plain = 1e6 * hooks["microseconds"]["plain PyTorch"]["median"] / hooks["units"]
-        ours = plain + hooks["cost_per_unit"]["mics"]
+        plain = hooks["microseconds"]["plain PyTorch"]["median"] / hooks["units"]
+        host = 1e-6 * SHARED * hooks["cost_per_unit"]["mics"]
         return Cluster(
             name="emulated",
             nodes=self.scene["nodes"],
@@ -87,8 +88,8 @@ class Row:
             efficiency=1.0,
             transport=Transport.GLOO,
             host={
-                "mics": fit.host * crowd,
-                "DDP": fit.host * crowd * plain / ours,
+                "mics": host * crowd,
+                "DDP": 1e-6 * SHARED * plain * crowd,
                 "FSDP2": fit.peer * crowd,
                 "HSDP": fit.peer * crowd,
                 "ZeRO-3": fit.peer * crowd,
@@ -158,19 +159,17 @@ def rows() -> dict[tuple[str, str, int], Row]:
 @cache
 def calibration() -> list[Row]:
     """The rows of CALIBRATION."""
-    found = sorted(row.micro_steps for row in rows().values() if row.scene["name"] == "peers-100")
-    micro_steps = {FEWEST: found[0], MOST: found[-1]}
-    return [rows()["peers-100", variant, micro_steps[which]] for variant, which in CALIBRATION]
+    most = max(row.micro_steps for row in rows().values() if row.scene["name"] == "peers-100")
+    return [rows()["peers-100", variant, most] for variant in CALIBRATION]
 
 
 @cache
 def fitted() -> Fit:
     """The numbers that give those rows: each in turn by bisection, a few times."""
     fit = Fit()
-    few, ours, inside, peer = calibration()
-    for _ in range(6):
-        fit = replace(fit, step=_bisect(few, lambda x, now=fit: replace(now, step=x), 1e-6, 1e-0))
-        fit = replace(fit, host=_bisect(ours, lambda x, now=fit: replace(now, host=x), 1e-6, 1e-1))
+    step, inside, peer = calibration()
+    for _ in range(4):
+        fit = replace(fit, step=_bisect(step, lambda x, now=fit: replace(now, step=x), 1e-6, 1e-0))
         fit = replace(fit, inside=1 / _bisect(inside, lambda x, now=fit: replace(now, inside=1 / x), 1e-10, 1e-6))
         fit = replace(fit, peer=_bisect(peer, lambda x, now=fit: replace(now, peer=x), 1e-6, 1e-1))
     return fit
@@ -213,13 +212,12 @@ def pairs() -> list[tuple[Row, Row]]:
 def report() -> str:
     """What docs/planning.md says of all this."""
     fit = fitted()
-    few, ours, inside, peer = calibration()
+    step, inside, peer = calibration()
     wrong = [(slower, faster) for slower, faster in pairs() if slower.predicted <= faster.predicted]
     lines = [
         "| | fitted to | |",
         "|---|---|---:|",
-        f"| whatever comes once a step | {few} | {1e3 * fit.step:.0f} ms |",
-        f"| the host, at every unit in a micro-step, ours | {ours} | {1e3 * fit.host:.1f} ms |",
+        f"| whatever comes once a step | {step} | {1e3 * fit.step:.0f} ms |",
         f"| between two ranks of a node, bytes a second | {inside} | {fit.inside / 1e6:.0f} MB/s |",
         f"| the host, FSDP2's | {peer} | {1e3 * fit.peer:.1f} ms |",
         "",
