@@ -22,11 +22,11 @@ def reason(candidate: Candidate, winner: Row, cluster: Cluster, seconds: float, 
         return f"slower: {'at least ' if least else ''}{times:.2f}x, {_cause(candidate, chosen, cluster)}"
     if _cuts_more(candidate, chosen):
         return "it cuts more, and is no faster" if least else "it cuts more, and is as fast within 1 %"
-    return "not simulated: it sends more" if least else f"as fast within 1 %, and {_difference(candidate, chosen)}"
-
-
-def _difference(candidate: Candidate, chosen: Candidate) -> str:
-    return "recomputes" if candidate.recompute and not chosen.recompute else "cuts in another way"
+    if least:
+        return "not simulated: it sends more"
+    if candidate.recompute and not chosen.recompute:
+        return "as fast within 1 %, and recomputes"
+    return f"cuts less, and more than 1 % behind the fastest: {times:.3f}x of this"
 
 
 def _cuts_more(candidate: Candidate, chosen: Candidate) -> bool:
