@@ -36,7 +36,7 @@ PARTS = (
     Part("host", ("bench.host",), 15),
     Part("training", ("bench.training",), 85),
     Part("checkpoints", ("bench.checkpoints", "--megabytes", "1000", "--rounds", "3", "--ranks", "1"), 50),
-    Part("links", ("bench.links",), 85, unavailable),
+    Part("links", ("bench.links",), 90, unavailable),
     *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
     Part("kernels", ("bench.kernels", "--threads", "1"), 100),
 )

@@ -19,7 +19,7 @@ from mics_core.topology import Rungs, Topology
 from mics_kernels import accumulate
 
 REPEATS = 2  # transfers behind each other, as a step's units are
-ROUNDS = 4
+ROUNDS = 3
 
 
 def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
