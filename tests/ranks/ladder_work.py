@@ -1,14 +1,17 @@
 """What test_ladder.py asks ranks to do: move whole numbers, whose sums are exact in any order."""
 
+import threading
+import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mics_core.comm import World
-from mics_core.ladder import Ladder, Route
+from mics_core.ladder import Ladder, Route, Way
 from mics_core.ledger import Tally
 from mics_core.sharding import Sharding
-from mics_core.topology import Rungs, Topology
+from mics_core.topology import Link, Rungs, Topology
 from mics_kernels import accumulate
 
 
@@ -99,3 +102,33 @@ def compared(case: Case, degree: int) -> tuple[list[int], tuple[int, ...]]:
     ladder, _ = case.ladder()
     rows = ladder.compare(torch.tensor([ladder.rank]), degree)
     return rows.flatten().tolist(), ladder.rungs.replicating(ladder.rank, degree)
+
+
+def _wait_for(event: threading.Event) -> None:
+    event.wait(20)
+
+
+def two_climbs_while_the_net_is_busy(case: Case) -> tuple[int, int, bool]:
+    """Climbs of two units while another holds the lane between nodes: how many were inside nodes and how many between
+    them by then, and whether both sums are right once it has gone.
+    """
+    ladder, tally = case.ladder(EVERYWHERE)
+    inside, between = (("up", ladder.rungs.name(step)) for step in range(2))
+    busy = threading.Event()
+    ladder.send(Route.RISE, Link.NET, "holding", lambda: _wait_for(busy))
+    way = Way(Route.RISE, "hop 2", "up", 1, case.world)
+    pieces = [torch.empty(case.size // case.world, dtype=case.dtype) for _ in range(2)]
+    tickets = [ladder.send_up(way, case.partial(ladder.rank), partial(_add_up, piece)) for piece in pieces]
+    deadline = time.monotonic() + 10
+    while tally.links[inside].calls < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    calls = tally.links[inside].calls, tally.links[between].calls
+    busy.set()
+    for ticket in tickets:
+        ticket.wait()
+    begin, end = ladder.range(case.size, case.world)
+    return *calls, all(torch.equal(piece, case.total()[begin:end]) for piece in pieces)
+
+
+def _add_up(piece: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    accumulate(piece, parts, overwrite=True)

@@ -42,6 +42,11 @@ def test_several_rungs_at_once_work_in_place(pool: Pool, case: Case) -> None:
         assert all(result.values()), result
 
 
+def test_units_go_on_inside_nodes_while_another_holds_the_lane_between_them(pool: Pool) -> None:
+    case = Case(4, 2, Sharding.ddp().resolve(4), 64)
+    assert pool.run(4, work.two_climbs_while_the_net_is_busy, case) == [(2, 0, True)] * 4
+
+
 def test_degrees_need_not_be_powers_of_two(pool: Pool) -> None:
     for case in (Case(6, 3, Sharding(3, 3, 6), 7), Case(6, 2, Sharding(2, 6, 6), 5), Case(5, 5, Sharding(1, 5, 5), 3)):
         for result in pool.run(case.world, work.there_and_back, case):
