@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mics_core as mics
+import workloads_by_hand
 from mics_core import Cluster, ConfigError, Precision, Sharding
 from mics_core.ledger import Formula, UnitSize
 from mics_core.planner import Candidate, Workload, memory, plan, simulate, trace
@@ -40,6 +41,18 @@ def test_degrees_share_a_node_or_fill_nodes() -> None:
     assert Sharding(2, 2, 8) in found
     assert all(s.grads % s.params == s.optimizer % s.grads == 8 % s.optimizer == 0 for s in found)
     assert len(found) == len(set(found)) == 20  # chains of 1, 2, 4, 8
+
+
+def test_of_shardings_that_are_as_fast_within_1_percent_the_one_that_cuts_least_is_chosen() -> None:
+    model = workloads_by_hand.workload(48, 30_000_000, 6e10, 8, tokens=1024)
+    found = plan(model, Cluster.preset("p4de.24xlarge", 1), global_batch=512, precision=BF16)
+    chosen, *others = found.best
+    fastest = min(row.prediction.seconds for row in found.best)
+    assert fastest < chosen.prediction.seconds <= 1.01 * fastest
+    cuts = chosen.candidate.sharding
+    near = [row.candidate.sharding for row in others if row.prediction.seconds <= 1.01 * fastest]
+    assert near
+    assert all((s.params, s.grads, s.optimizer) > (cuts.params, cuts.grads, cuts.optimizer) for s in near)
 
 
 def test_a_model_that_fits_whole_needs_no_mics() -> None:
