@@ -1,7 +1,8 @@
-"""What every test needs: a header that says which versions ran, and the meaning of the `gpu` mark."""
+"""What every test needs: a header that says which versions ran, how deep to go, and the marks `gpu` and `deep`."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import depth
 import pytest
 
 if TYPE_CHECKING:
@@ -17,15 +19,23 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-sys.path.insert(0, str(ROOT / "tests" / "ranks"))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--deep", action="store_true", help="run everything, with more and new draws")
+    parser.addoption("--patience", type=float, default=300.0, help="seconds after which ranks count as hung")
     parser.addoption("--wheels", type=Path, help="test the wheels of this folder; default: build them")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    depth.choose(config.getoption("--deep"))
+    if not torch.cuda.is_available():
+        # Read when the kernels are defined, so before mics_kernels is imported, by whichever test comes first.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_report_header() -> str:
-    # Triton reads TRITON_INTERPRET when it is first imported, and tests choose it: import nothing here.
     versions = [f"python {platform.python_version()}"]
     for package in ("torch", "triton"):
         try:
@@ -38,19 +48,19 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
+def pool(pytestconfig: pytest.Config) -> Iterator[Pool]:
     """Processes that are ranks: tests that need several share them, and the first one starts them."""
     from pool import Pool
 
-    with Pool() as pool:
+    with Pool(patience=pytestconfig.getoption("--patience")) as pool:
         yield pool
 
 
 @pytest.fixture(autouse=True)
 def _interpreter_for_kernels_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels' tests ask for Triton's interpreter when they are collected; in all others it would take minutes."""
+    """Triton's interpreter is for the kernels' own tests; in all others it would take minutes."""
     kernels = sys.modules.get("mics_kernels.backend")
-    if request.path.parent.name in ("kernels", "bench") or kernels is None or not kernels.INTERPRETED:
+    if request.path.parent.name == "kernels" or kernels is None or not kernels.INTERPRETED:
         yield
         return
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -61,14 +71,12 @@ def _interpreter_for_kernels_alone(request: pytest.FixtureRequest, monkeypatch: 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one has all that need the pool of ranks; a file stays in one."""
-    if not config.pluginmanager.hasplugin("xdist"):
+    """Leave out what is marked `deep`, unless it is asked for."""
+    if config.getoption("--deep"):
         return
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "bench" else str(item.path)
-        pooled = "pool" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if pooled else group))
+    left_out = [item for item in items if item.get_closest_marker("deep")]
+    items[:] = [item for item in items if not item.get_closest_marker("deep")]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,16 +1,24 @@
 """A program: two ranks train and save, and are killed again and again by SIGKILL; prints what became of them as JSON.
 
+    mortal.py FOLDER steps             rank 0 dies at the first thing that its second save asks of the disk, then at the
+                                       second in its next life, and so on, until a life survives all of them
+    mortal.py FOLDER at-once KILLS     both die so many times at any moment
+    mortal.py FOLDER behind KILLS      likewise, with saves in the background
+
 The processes are forks of this one, which has imported everything, so that many lives fit into a test.
 """
 
+import itertools
 import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +26,7 @@ from torch import nn
 
 import mics_core as mics
 
-RANKS, STEPS, EVERY = 2, 160, 2
+RANKS, STEPS, EVERY = 2, 80, 2
 
 
 class Tiny(nn.Module):
@@ -47,8 +55,27 @@ def warm_up(folder: Path) -> None:
     mics.load(folder / "warm", model, optimizer)
 
 
-def live(rank: int, life: int, folder: Path, behind: bool) -> None:
+def die_at(number: int) -> None:
+    """From here on the `number`th thing that is asked of the disk kills this process instead of being done."""
+    left = number
+
+    def mortal(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "fdatasync", "rename", "replace", "mkdir", "rmdir", "unlink"):
+        setattr(os, name, mortal(getattr(os, name)))
+
+
+def live(rank: int, life: int, folder: Path, how: str) -> None:
     """Train from the latest checkpoint on, as far as one gets."""
+    behind = how == "behind"
     torch.manual_seed(rank)
     store = dist.FileStore(str(folder / f"store-{life}"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -66,22 +93,27 @@ def live(rank: int, life: int, folder: Path, behind: bool) -> None:
         optimizer.zero_grad()
         note(folder / f"losses-{rank}", f"{step} {loss.item().hex()}")
         if (step + 1) % EVERY == 0:
+            if how == "steps" and rank == 0 and step == first + 2 * EVERY - 1:
+                die_at(life + 1)
             saving = mics.save(runs / f"step-{step + 1}", model, optimizer, step=step + 1, keep=2, background=behind)
             # A save in the background is complete when the next one has begun.
             if step + 1 - EVERY * behind:
                 note(folder / f"saved-{rank}", str(step + 1 - EVERY * behind))
+            if how == "steps" and step == first + 2 * EVERY - 1:
+                note(folder / f"survived-{rank}", str(life))
+                os._exit(0)  # this life was longer than all that may kill it
     if behind:
         saving.wait()
     dist.destroy_process_group()
 
 
-def fork(rank: int, life: int, folder: Path, behind: bool) -> int:
+def fork(rank: int, life: int, folder: Path, how: str) -> int:
     process = os.fork()
     if process == 0:
         status = 1
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-            live(rank, life, folder, behind)
+            live(rank, life, folder, how)
             status = 0
         finally:
             os._exit(status)
@@ -97,10 +129,10 @@ def under_way(runs: Path) -> set[tuple[str, int]]:
     return found
 
 
-def kill_after(processes: list[int], seconds: float, folder: Path, in_a_save: bool) -> bool:
-    """Kill them so long after a save of theirs began, or was complete; whether one was under way at their end."""
+def kill_after(processes: list[int], seconds: float, folder: Path, in_a_save: bool) -> None:
+    """Kill them so long after a save of theirs began, or was complete."""
     before, last = under_way(folder / "runs"), latest(folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600  # only ends a hang
     while not under_way(folder / "runs") - before if in_a_save else latest(folder) == last:
         if os.waitpid(processes[0], os.WNOHANG) != (0, 0) or time.monotonic() > deadline:
             raise RuntimeError("a rank ended by itself, or did not begin")
@@ -111,7 +143,6 @@ def kill_after(processes: list[int], seconds: float, folder: Path, in_a_save: bo
         time.sleep(random.random() * 0.002)
     for process in processes:
         os.waitpid(process, 0)
-    return bool(under_way(folder / "runs") - before)
 
 
 def latest(folder: Path) -> int:
@@ -138,40 +169,64 @@ def losses(folder: Path) -> list[dict[str, list[str]]]:
     return found
 
 
-def main(folder: Path, kills: int, behind: bool) -> None:
+def is_lost(folder: Path) -> bool:
+    """Whether a checkpoint that was said to be complete is not what a load would find."""
+    saved, runs = folder / "saved-0", folder / "runs"
+    last = max((int(line) for line in saved.read_text().split()), default=0) if saved.exists() else 0
+    there = mics.checkpoint.folder.find(runs).name if (runs / "latest").exists() else "step-0"
+    return int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
+
+
+def die_by_steps(folder: Path) -> tuple[int, int]:
+    """Lives that end at one thing after the other; how many there were, and how many lost a checkpoint."""
+    lost = 0
+    for life in itertools.count():
+        first, second = (fork(rank, life, folder, "steps") for rank in range(RANKS))
+        status = os.waitpid(first, 0)[1]
+        if status == 0:  # it has survived
+            os.waitpid(second, 0)
+            return life, lost
+        if status != signal.SIGKILL:
+            raise RuntimeError(f"life {life} ended with status {status}, expected to be killed")
+        os.kill(second, signal.SIGKILL)
+        os.waitpid(second, 0)
+        lost += is_lost(folder)
+    raise AssertionError
+
+
+def die_by_chance(folder: Path, kills: int, how: str) -> tuple[int, int]:
+    """Lives that end at any moment; how many there were, and how many lost a checkpoint."""
+    lost = 0
+    for life in range(kills):
+        processes = [fork(rank, life, folder, how) for rank in range(RANKS)]
+        in_a_save = life % 2 == 0
+        kill_after(processes, random.random() * (0.02 if in_a_save else 0.05), folder, in_a_save)
+        lost += is_lost(folder)
+    return kills, lost
+
+
+def main(folder: Path, how: str, kills: int = 0) -> None:
     torch.set_num_threads(1)
     random.seed(kills)
     warm_up(folder)
     (folder / "calm").mkdir()
-    calm = [fork(rank, 0, folder / "calm", behind) for rank in range(RANKS)]
+    undisturbed = "behind" if how == "behind" else "at-once"
+    calm = [fork(rank, 0, folder / "calm", undisturbed) for rank in range(RANKS)]
     fates = [os.waitpid(process, 0)[1] for process in calm]
-    hit, lost = 0, 0
-    for life in range(kills):
-        processes = [fork(rank, life, folder, behind) for rank in range(RANKS)]
-        in_a_save = life % 2 == 0
-        hit += kill_after(processes, random.random() * (0.02 if in_a_save else 0.05), folder, in_a_save)
-        saved = folder / "saved-0"
-        last = max((int(line) for line in saved.read_text().split()), default=0) if saved.exists() else 0
-        runs = folder / "runs"
-        there = mics.checkpoint.folder.find(runs).name if (runs / "latest").exists() else "step-0"
-        lost += int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
-    processes = [fork(rank, kills, folder, behind) for rank in range(RANKS)]
+    lives, lost = die_by_steps(folder) if how == "steps" else die_by_chance(folder, kills, how)
+    processes = [fork(rank, lives + 1, folder, undisturbed) for rank in range(RANKS)]
     fates += [os.waitpid(process, 0)[1] for process in processes]
-    there = sorted(path.name for path in (folder / "runs").iterdir() if path.name != ".lock")
-    print(
-        json.dumps(
-            {
-                "fates": fates,
-                "in saves": hit,
-                "lost": lost,
-                "calm": losses(folder / "calm"),
-                "found": losses(folder),
-                "begun": begun(folder),
-                "there": there,
-            }
-        )
-    )
+    told = {
+        "fates": fates,
+        "lives": lives,
+        "lost": lost,
+        "calm": losses(folder / "calm"),
+        "found": losses(folder),
+        "begun": begun(folder),
+        "there": sorted(path.name for path in (folder / "runs").iterdir() if path.name != ".lock"),
+    }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "behind")
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

@@ -3,7 +3,7 @@
 from math import prod
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_core import Sharding
@@ -15,7 +15,6 @@ from mics_core.topology import Rungs, Topology
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
-@settings(deadline=None)
 @given(shape=SHAPES, ends=st.tuples(st.integers(0, 700), st.integers(0, 700)), limit=st.integers(1, 700))
 def test_boxes_hold_the_range_in_order(shape: tuple[int, ...], ends: tuple[int, int], limit: int) -> None:
     size = prod(shape)
@@ -30,7 +29,6 @@ def test_boxes_hold_the_range_in_order(shape: tuple[int, ...], ends: tuple[int, 
     assert found == list(range(begin, end))
 
 
-@settings(deadline=None)
 @given(shape=SHAPES.filter(bool), ends=st.tuples(st.integers(0, 700), st.integers(0, 700)))
 def test_a_range_needs_no_more_than_twice_as_many_boxes_as_dimensions_less_one(
     shape: tuple[int, ...], ends: tuple[int, int]
@@ -49,7 +47,6 @@ def rungs(draw: st.DrawFn) -> tuple[Rungs, int]:
     return Rungs.of(Sharding(1, 1, degree), Topology(world, per_node)), degree
 
 
-@settings(deadline=None)
 @given(rungs=rungs(), shapes=st.lists(SHAPES, min_size=1, max_size=5))
 def test_ranks_write_every_element_once_evenly_and_only_what_they_hold(
     rungs: tuple[Rungs, int], shapes: list[tuple[int, ...]]

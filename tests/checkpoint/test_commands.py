@@ -152,7 +152,7 @@ def test_a_process_that_exports_needs_memory_for_few_of_many_tensors(runs: Path,
     mics.save(tmp_path / "large", model, None)
     command = [sys.executable, "-c", PEAK, str(runs), str(tmp_path), str(tmp_path / "large")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, env=environment)
     largest = 4 * 1600 * 1600 / 1024
     assert (tmp_path / "large.safetensors").stat().st_size > 10 * 1024 * largest
     assert int(run.stdout.split()[-1]) < 4 * largest  # the whole, and torch reads with two copies of a part beside it
@@ -204,27 +204,27 @@ def test_the_command_says_what_is_wrong_in_one_line(runs: Path, capsys: pytest.C
 
 
 ENDS_EARLY = """
-import sys, time, torch
+import sys, threading, torch
 import mics_core as mics
 from mics_core.checkpoint import saving
 real = saving.write
+returned = threading.Event()
 def slow(*arguments):
-    time.sleep(0.5)
+    assert returned.wait(600)  # so the save is under way when the process ends
     if sys.argv[2] == "fail":
         raise OSError(28, "No space left on device")
     return real(*arguments)
 saving.write = slow
 model = mics.shard(torch.nn.Linear(3, 3), mics.Sharding.ddp())
-began = time.monotonic()
 mics.save(sys.argv[1], model, None, background=True)
-assert time.monotonic() - began < 0.4
+returned.set()
 """
 
 
 @pytest.mark.parametrize("fate", ["work", "fail"])
 def test_a_process_ends_after_its_last_save_and_tells_if_it_failed(tmp_path: Path, fate: str) -> None:
     command = [sys.executable, "-c", ENDS_EARLY, str(tmp_path / "step-1"), fate]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env=os.environ)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=os.environ)
     assert (tmp_path / "latest").exists() == (fate == "work")
     assert ("No space left on device" in run.stderr) == (fate == "fail"), run.stderr
 

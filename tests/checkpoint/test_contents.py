@@ -56,7 +56,7 @@ def test_loading_needs_no_memory_for_a_second_copy_of_the_moments(pool: Pool, tm
 
 
 def test_a_buffer_that_cannot_be_overwritten_is_refused_before_it_is_saved(pool: Pool, tmp_path: Path) -> None:
-    for error in pool.errors(2, work.expanded, tmp_path, timeout=60.0):
+    for error in pool.errors(2, work.expanded, tmp_path):
         assert type(error) is ConfigError
         assert "the buffer mask is expanded" in str(error)
     assert not list(tmp_path.iterdir())

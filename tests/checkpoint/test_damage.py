@@ -32,14 +32,14 @@ def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touc
     ],
 )
 def test_a_checkpoint_of_another_model_or_optimizer(pool: Pool, tmp_path: Path, kind: str, sentence: str) -> None:
-    for error in pool.errors(2, work.load_into_another, tmp_path, kind, timeout=60.0):
+    for error in pool.errors(2, work.load_into_another, tmp_path, kind):
         assert type(error) is ConfigError
         assert sentence in str(error)
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "one rank"])
 def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kind: str) -> None:
-    for error in pool.errors(2, work.load_into_another, tmp_path, kind, timeout=60.0):
+    for error in pool.errors(2, work.load_into_another, tmp_path, kind):
         assert "does not exist or is empty, expected a directory with a manifest.json" in str(error)
 
 
@@ -64,7 +64,7 @@ def test_a_save_that_fails_leaves_the_one_before(pool: Pool, tmp_path: Path, how
 
 
 def test_a_save_inside_a_forward(pool: Pool, tmp_path: Path) -> None:
-    for error in pool.errors(2, work.save_inside, tmp_path, timeout=60.0):
+    for error in pool.errors(2, work.save_inside, tmp_path):
         assert type(error) is LifecycleError
         assert "save: called inside the model's forward" in str(error)
 

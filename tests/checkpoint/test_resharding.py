@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from depth import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
     return [name for name in found if not torch.equal(found[name], expected[name])]
 
 
-@settings(max_examples=10, deadline=None)
+@draws(4, 20)
 @given(
     before=clusters(),
     after=clusters(),
@@ -57,7 +58,7 @@ def test_any_sharding_loads_what_any_other_saved(
         torch.testing.assert_close(loaded[2][name], expected, atol=near, rtol=near, msg=name)
 
 
-@settings(max_examples=4, deadline=None)
+@draws(2, 10)
 @given(
     cluster=clusters(),
     optimizer=st.sampled_from(["mics.AdamW", "AdamW", "SGD"]),

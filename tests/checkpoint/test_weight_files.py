@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +30,6 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
 @given(tensors())
 def test_files_are_those_of_the_library(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Tensor]) -> None:
     folder = tmp_path_factory.mktemp("files")

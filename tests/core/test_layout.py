@@ -2,7 +2,7 @@
 
 from math import prod
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_core.layout import ALIGNED, PIECE, Layout
@@ -10,7 +10,6 @@ from mics_core.layout import ALIGNED, PIECE, Layout
 SHAPES = st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), max_size=8)
 
 
-@settings(deadline=None)
 @given(shapes=SHAPES, pieces=st.sampled_from([1, 2, 3, 8, 64]))
 def test_parameters_are_aligned_and_in_order_and_do_not_overlap(shapes: list[tuple[int, ...]], pieces: int) -> None:
     layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], pieces)
@@ -23,7 +22,6 @@ def test_parameters_are_aligned_and_in_order_and_do_not_overlap(shapes: list[tup
     assert layout.size % (PIECE * pieces) == 0
 
 
-@settings(deadline=None)
 @given(shapes=SHAPES, pieces=st.sampled_from([1, 2, 3, 8]))
 def test_pieces_together_hold_every_element_once(shapes: list[tuple[int, ...]], pieces: int) -> None:
     layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], pieces)

@@ -31,7 +31,7 @@ def accounts() -> dict[Case, Any]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return dict(zip(CASES, json.loads(run.stdout), strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mics_core
@@ -39,7 +39,6 @@ def test_degrees_by_their_names(sharding: Sharding, degrees: tuple[int, int, int
     assert sharding.resolve(16) == Sharding(*degrees)
 
 
-@settings(deadline=None)
 @given(degrees=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8, 12])] * 3), world=st.sampled_from([1, 2, 4, 6, 12, 24]))
 def test_degrees_that_do_not_divide_each_other_are_refused(degrees: tuple[int, int, int], world: int) -> None:
     p, g, o = degrees

@@ -1,7 +1,7 @@
 """Rungs and pieces: integers only."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_core import ConfigError, Sharding
@@ -20,7 +20,6 @@ def ladders(draw: st.DrawFn) -> Rungs:
     return Rungs.of(Sharding(params, grads, optimizer), Topology(world, per_node))
 
 
-@settings(deadline=None)
 @given(rungs=ladders())
 def test_each_step_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) -> None:
     topology = rungs.topology
@@ -32,7 +31,6 @@ def test_each_step_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) -
             assert len(set(places)) == (len(peers) if len(set(nodes)) == 1 else 1)
 
 
-@settings(deadline=None)
 @given(rungs=ladders())
 def test_peers_agree_on_who_they_are(rungs: Rungs) -> None:
     for step in rungs.steps(1, rungs.topology.world):
@@ -43,7 +41,6 @@ def test_peers_agree_on_who_they_are(rungs: Rungs) -> None:
             assert all(rungs.peers(peer, step) == peers for peer in peers)
 
 
-@settings(deadline=None)
 @given(rungs=ladders())
 def test_going_down_a_step_the_pieces_of_peers_lie_side_by_side_in_their_order(rungs: Rungs) -> None:
     for step in rungs.steps(1, rungs.topology.world):
@@ -55,7 +52,6 @@ def test_going_down_a_step_the_pieces_of_peers_lie_side_by_side_in_their_order(r
             )
 
 
-@settings(deadline=None)
 @given(rungs=ladders())
 def test_every_degree_ranks_in_a_row_hold_one_copy_and_the_replication_groups_the_same_piece(rungs: Rungs) -> None:
     world = rungs.topology.world

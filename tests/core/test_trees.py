@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -57,7 +57,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-@settings(deadline=None)
 @given(value=VALUES)
 def test_every_tensor_is_found_and_changed_and_nothing_else(value: Any) -> None:
     before = plain(value)

@@ -1,14 +1,9 @@
 """The kernels' tests run on the GPU if there is one, else in Triton's interpreter, against the torch references."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before mics_kernels is imported
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +30,3 @@ def _hints_of_alignment_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
-
-
-settings.register_profile("kernels", deadline=None, max_examples=40, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("kernels")

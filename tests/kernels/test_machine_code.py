@@ -9,15 +9,21 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from depth import is_deep
 
-TARGETS = ["cuda:80", "cuda:90", "hip:gfx942"]
+TARGETS = ["cuda:80", "cuda:90", "hip:gfx942"] if is_deep() else ["cuda:90"]
+FEW = [] if is_deep() else ["--one-of-each"]
+OPS = ("pack", "unpack", "accumulate", "square_sum", "adamw", "quantize", "dequantize")
+LIMITS = {"cuda": 64, "hip": 80}
+"""Registers a thread. NVIDIA's multiprocessors hold half of their threads at 64. AMD's SIMD units have 512 a lane: at
+80 they hold six of eight waves."""
 COMPILING = Path(__file__).with_name("compiling.py")
 
 
 def compile_for(target: str) -> subprocess.CompletedProcess[str]:
     # Another Python: in this one TRITON_INTERPRET has turned the kernels into Python functions.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    return subprocess.run([sys.executable, COMPILING, target], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, COMPILING, target, *FEW], env=environment, capture_output=True, text=True)
 
 
 @cache
@@ -35,9 +41,9 @@ def reports(target: str) -> list[dict[str, int]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(target: str) -> None:
     names = [report["name"] for report in reports(target)]
-    assert len(names) == len(set(names)) > 40
-    for op in ("pack", "unpack", "accumulate", "square_sum", "adamw", "quantize", "dequantize"):
-        assert any(name.startswith(f"{op} ") for name in names)
+    assert len(names) == len(set(names))
+    assert {name.split()[0] for name in names} == set(OPS)
+    assert len(names) > 40 or FEW
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -46,10 +52,9 @@ def test_nothing_spills_out_of_the_registers(target: str) -> None:
     assert not spilling
 
 
-# NVIDIA's multiprocessors hold half of their threads at 64 registers each. AMD's SIMD units have 512 a lane: at 80
-# they hold six of eight waves.
-@pytest.mark.parametrize(("target", "limit"), [("cuda:80", 64), ("cuda:90", 64), ("hip:gfx942", 80)])
-def test_registers_leave_room_for_enough_threads(target: str, limit: int) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_leave_room_for_enough_threads(target: str) -> None:
+    limit = LIMITS[target.split(":")[0]]
     assert not {r["name"]: r["registers"] for r in reports(target) if r["registers"] > limit}
 
 

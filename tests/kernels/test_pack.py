@@ -1,6 +1,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from depth import draws
 from hypothesis import given
 
 import mics_kernels.ops.pack as pack_op
@@ -74,6 +75,7 @@ def cases(draw: st.DrawFn, overlapping: bool) -> tuple[list[torch.Tensor], torch
     return members, flat, offsets, length, scale
 
 
+@draws(15, 200)
 @given(cases(overlapping=True))
 def test_packing_gives_the_bits_of_the_reference(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -87,6 +89,7 @@ def test_packing_gives_the_bits_of_the_reference(
     assert_same_bits(got, expected)
 
 
+@draws(15, 200)
 @given(cases(overlapping=False))
 def test_unpacking_gives_the_bits_of_the_reference(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -100,6 +103,7 @@ def test_unpacking_gives_the_bits_of_the_reference(
         assert_same_bits(one, other)
 
 
+@draws(15, 200)
 @given(cases(overlapping=False))
 def test_unpacking_what_was_packed_returns_it(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -114,6 +118,7 @@ def test_unpacking_what_was_packed_returns_it(
         assert_same_bits(one, other)
 
 
+@draws(15, 200)
 @given(cases(overlapping=True))
 def test_the_reference_does_what_its_docstring_says(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -160,11 +165,11 @@ def test_unpacking_touches_only_the_tensors(device: torch.device) -> None:
     assert memory[10:20].tolist() == list(range(10))
 
 
-def test_thousands_of_tensors_take_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_tensors_take_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = []
     original = pack_op.launch
     monkeypatch.setattr(pack_op, "launch", lambda *a, **k: (launches.append(a[0]), original(*a, **k)))
-    sizes = [n % 37 for n in range(3000)]
+    sizes = [n % 37 for n in range(1000)]
     members = [torch.full((size,), float(n), device=device) for n, size in enumerate(sizes)]
     offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
     flat = torch.empty(sum(sizes), device=device)

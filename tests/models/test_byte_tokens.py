@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data import encode, load
@@ -20,7 +20,6 @@ from text_files import TEXTS, jsonl
 BYTES = Settings(held_out=4, vocab=256)
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_characters="\0", codec="utf-8")))
 def test_any_text_survives_its_bytes_and_has_no_special_one(text: str) -> None:
     tokens = Bytes().encode(text)

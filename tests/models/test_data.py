@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data import Corpus, Sampler, decode, encode, standard_library
@@ -150,14 +150,12 @@ def test_an_epoch_shows_each_window_once_and_the_next_others_in_another_order() 
     assert len({tuple(start // 7 for start in starts) for starts in epochs}) == 3
 
 
-@settings(deadline=None, max_examples=100)
 @given(tokens=st.integers(14, 60), seq=st.integers(1, 7), seed=st.integers(0, 2**40), sample=st.integers(0, 10**9))
 def test_every_sample_lies_inside_the_stream(tokens: int, seq: int, seed: int, sample: int) -> None:
     sampler = Sampler(STREAM[:tokens], seq, batch=1, seed=seed)
     assert 0 <= sampler.start(sample) < tokens - seq  # with one token more, the last target
 
 
-@settings(deadline=None, max_examples=50)
 @given(size=st.integers(1, 300), key=st.integers(0, 2**40))
 def test_the_shuffle_is_a_permutation_of_any_size(size: int, key: int) -> None:
     assert sorted(_shuffled(index, size, (key,)) for index in range(size)) == list(range(size))

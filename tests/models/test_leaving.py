@@ -2,12 +2,13 @@
 
 import math
 import signal
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mics_models.training import interrupts
+from mics_models.training import stopwatch as stopwatch_module
 from mics_models.training.interrupts import Interrupts
 from mics_models.training.news import Exchange, Stop
 from mics_models.training.peak import peak
@@ -36,7 +37,8 @@ def test_what_is_not_finite_is_named_by_micro_step_and_rank() -> None:
     assert news.stop is Stop.TIME
 
 
-def test_the_first_signal_is_remembered_and_its_echo_ignored() -> None:
+def test_the_first_signal_is_remembered_and_its_echo_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "ECHOES", 1e9)
     with Interrupts() as asked:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -44,10 +46,9 @@ def test_the_first_signal_is_remembered_and_its_echo_ignored() -> None:
 
 
 def test_a_later_signal_does_what_it_would_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupts, "ECHOES", 0.0)
+    monkeypatch.setattr(interrupts, "ECHOES", -1.0)
     with Interrupts() as asked:
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert asked.received is signal.SIGTERM
@@ -63,15 +64,17 @@ def test_handlers_are_put_back() -> None:
 def test_the_peak_is_what_it_is_told_or_measured() -> None:
     assert peak(CPU, torch.float32, 3.0).flops == 3e12
     measured = peak(CPU, torch.float32, 0.0)
-    assert 1e9 < measured.flops < 1e14
+    assert measured.flops > 0
     assert measured.source == "a measured matrix product"
 
 
-def test_a_lap_is_the_sum_of_its_parts() -> None:
+def test_a_lap_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stopwatch_module, "time", SimpleNamespace(perf_counter=lambda: now))
     stopwatch = Stopwatch(CPU)
     for _ in range(2):
         with stopwatch.part():
-            time.sleep(0.01)
-    time.sleep(0.05)
-    assert 0.02 <= stopwatch.lap() < 0.05
+            now += 0.25
+        now += 10.0
+    assert stopwatch.lap() == 0.5
     assert stopwatch.lap() == 0

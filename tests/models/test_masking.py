@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data import Sampler, documents, mask
@@ -88,7 +88,6 @@ def test_the_noise_is_murmurs_in_exact_arithmetic() -> None:
         assert inputs[0, n] == (MASK if fate < 8 else noise[2][n] % VOCAB if fate == 8 else 0)
 
 
-@settings(deadline=None, max_examples=50)
 @given(length=st.integers(1, 12), share=st.floats(0.001, 1), sample=st.integers(0, 2**62), seed=st.integers(0, 2**62))
 def test_at_least_one_position_of_a_sample_is_masked(length: int, share: float, sample: int, seed: int) -> None:
     targets = masked(torch.ones(1, length), range(sample, sample + 1), seed, share)[1]

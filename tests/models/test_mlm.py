@@ -1,5 +1,6 @@
 """A masked language model learns what hides behind the masks."""
 
+import pytest
 import torch
 
 from mics_models.data import standard_library
@@ -17,6 +18,7 @@ from mics_models.training.settings import (
 STEPS = 800
 
 
+@pytest.mark.deep  # half a minute of training
 def test_a_bert_guesses_masked_bytes_far_better_than_by_their_frequency() -> None:
     told = Settings(
         model=ModelSettings("bert-tiny", config={"layers": 1, "hidden": 256, "heads": 4, "init_std": 0.05}),

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.documents import positions_within, visible
 
 
-@settings(deadline=None)
 @given(rows=st.integers(1, 12).flatmap(lambda length: st.lists(st.tuples(*[st.integers(0, 2)] * length), min_size=1)))
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_tokens_count_from_their_documents_begin_and_see_that_document(

@@ -1,7 +1,7 @@
 """The learning rate rises, stays or falls, and ends where it is told."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.training.schedule import rate
@@ -17,7 +17,6 @@ SCHEDULES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(SCHEDULES)
 def test_it_rises_to_one_and_never_rises_again(schedule: ScheduleSettings) -> None:
     rates = [rate(step, schedule) for step in range(schedule.steps)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data import Corpus, decode, encode
@@ -38,7 +38,6 @@ def told(draw: st.DrawFn) -> Settings:
     return Settings(**changes)
 
 
-@settings(deadline=None)
 @given(told())
 def test_what_is_written_is_what_is_read(told: Settings) -> None:
     assert through_file(to_toml(told)) == told

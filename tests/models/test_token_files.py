@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data import Sampler, open_tokens
@@ -25,7 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokens")
 
 
-@settings(deadline=None, max_examples=50)
 @given(data=st.data(), vocab=st.sampled_from([2, 300, 65536, 65537, 2**31]))
 def test_a_file_gives_back_the_tokens_that_were_written(folder: Path, data: st.DataObject, vocab: int) -> None:
     batches = data.draw(st.lists(st.lists(st.integers(0, vocab - 1), max_size=9), max_size=5))
@@ -48,7 +47,6 @@ def test_a_writer_holds_no_tokens_in_memory(tmp_path: Path) -> None:
     assert peak < 1_000_000
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     parts=st.lists(st.lists(st.integers(0, 999), max_size=6), min_size=1, max_size=5),
     begin=st.integers(-3, 30),
@@ -96,7 +94,6 @@ def test_a_file_that_cannot_be_mapped_is_told_in_one_sentence(tmp_path: Path, mo
         TokenFile.open(write(tmp_path / "a.tokens", [1, 2]))
 
 
-@settings(deadline=None, max_examples=150)
 @given(offset=st.integers(0, HEADER + 2 * 20 - 1), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found_and_the_file_named(folder: Path, offset: int, bit: int) -> None:
     path = write(folder / "flipped.tokens", list(range(20)))
@@ -110,7 +107,6 @@ def test_every_flipped_bit_is_found_and_the_file_named(folder: Path, offset: int
             TokenFile.open(path)
 
 
-@settings(deadline=None, max_examples=60)
 @given(size=st.integers(0, HEADER + 2 * 20 + 30).filter(lambda size: size != HEADER + 2 * 20))
 def test_a_file_that_is_cut_or_extended_does_not_open(folder: Path, size: int) -> None:
     path = write(folder / "cut.tokens", list(range(20)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_models.data.tokenizer import MASK, START, Tokenizer, from_json, load_tokenizer, pieces, train
@@ -19,7 +19,6 @@ def tokenizer() -> Tokenizer:
     return train([SOURCE], 600)
 
 
-@settings(deadline=None, max_examples=200)
 @given(text=st.text())
 def test_any_text_survives_its_tokens(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
@@ -62,7 +61,6 @@ def test_nothing_is_cut_off_or_filled_up(tokenizer: Tokenizer) -> None:
     )
 
 
-@settings(deadline=None, max_examples=200)
 @given(text=st.text(alphabet="ab \n\t.", max_size=60), size=st.integers(1, 20))
 def test_pieces_make_up_the_text(text: str, size: int) -> None:
     cut = list(pieces(text, size))

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_core.errors import ConfigError
@@ -140,7 +140,6 @@ def test_unknown_names_are_answered_with_known_ones(tmp_path: Path) -> None:
         Cluster.load(tmp_path / "absent.toml")
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 1e9), st.floats(1e-6, 1.0)), min_size=2, max_size=6, unique_by=lambda r: r[0]))
 def test_a_table_is_met_at_its_rows_and_monotone_between_increasing_ones(rows: list[tuple[float, float]]) -> None:
     table = tuple(zip(sorted(row[0] for row in rows), sorted(row[1] for row in rows), strict=True))

@@ -29,7 +29,7 @@ __all__ = ["Pool", "RankError"]
 
 T = TypeVar("T")
 
-FIRST_START = 120.0  # seconds until a new worker must be there, also where other work fills the machine
+PATIENCE = 300.0  # seconds until what is under way counts as hung, also where other work fills the machine
 GRACE = 2.0  # seconds that the other ranks have once one has failed, and that leaving a group may take
 
 
@@ -56,7 +56,7 @@ class Worker:
         try:
             outcome: Outcome = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            self.process.join(GRACE)
+            self.process.join(PATIENCE)  # the pipe is closed before there is an exit code
             # Others fail because this one died, so it comes before them.
             return Outcome("died", text=f"exit code {self.process.exitcode}", at=-math.inf)
         return outcome
@@ -65,7 +65,7 @@ class Worker:
         """Where each of its threads is now; kill it afterwards."""
         with suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGUSR1)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + PATIENCE
         while not self.stacks.read_text().endswith("\n") and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.02)  # the last line of one thread may not be the last of all
@@ -84,8 +84,9 @@ class Worker:
 class Pool:
     """Up to `size` workers, started when a job first needs them and again when they had to be killed."""
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, size: int = 8, patience: float = PATIENCE) -> None:
         self.size = size
+        self.patience = patience
         self.workers: dict[int, Worker] = {}
         self.numbers = itertools.count()
         self.folder = TemporaryDirectory(prefix="mics-ranks-")
@@ -104,18 +105,20 @@ class Pool:
         self.close()
 
     def run(
-        self, world: int, function: Callable[..., T], *args: Any, timeout: float = 60.0, **env: str | int
+        self, world: int, function: Callable[..., T], *args: Any, timeout: float | None = None, **env: str | int
     ) -> list[T]:
         """Each rank's `function(*args)`; a RankError if one of them fails, or is not back after `timeout` seconds."""
+        timeout = self.patience if timeout is None else timeout
         outcomes = self._perform(world, function, args, timeout, min(GRACE, timeout), env)
         if any(outcome.state != "returned" for outcome in outcomes):
             raise RankError(_report(outcomes, timeout))
         return [pickle.loads(outcome.payload) for outcome in outcomes]
 
     def errors(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 10.0, **env: str | int
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float | None = None, **env: str | int
     ) -> list[BaseException]:
         """The exception that each rank's `function(*args)` raised; a RankError if one of them did not raise."""
+        timeout = self.patience if timeout is None else timeout
         outcomes = self._perform(world, function, args, timeout, timeout, env)
         if any(outcome.state != "raised" for outcome in outcomes):
             raise RankError(f"expected an exception on every rank: {_report(outcomes, timeout)}")
@@ -178,7 +181,7 @@ class Pool:
         for rank in new:  # all of them before the first is waited for
             self.workers[rank] = Worker(rank, Path(self.folder.name, f"stacks-{next(self.numbers)}"))
         for rank in new:
-            if not self.workers[rank].is_ready(FIRST_START):
+            if not self.workers[rank].is_ready(PATIENCE):
                 self.workers.pop(rank).close()
                 raise RankError(f"the process of rank {rank} does not start: its output may say why")
         return [self.workers[rank] for rank in range(world)]

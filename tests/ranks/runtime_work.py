@@ -1,55 +1,119 @@
 """What the tests of the runtime's accounts ask ranks to do: train a small model, and tell what moved and was held."""
 
+from __future__ import annotations
+
 import gc
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.ladder import Ladder, Route
+from mics_core.ladder import Ladder
+from mics_core.lanes import Ticket
 from mics_core.ledger import Traffic
 
 WIDTH, BLOCKS = 32, 4
 
 
-class Block(nn.Module):
-    """Two layers, 2 * WIDTH * WIDTH elements, and a wait for the time that a computation would take."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.seconds = seconds
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(torch.relu(self.up(x)))
-        return Wait.apply(x, self.seconds)
+Pairs = Mapping[tuple[str, int], tuple[str, int]]
 
 
-class Wait(torch.autograd.Function):
-    """A stand-in for arithmetic: so long in the forward, twice as long in the backward."""
+class Meetings:
+    """Computations that each wait for a transfer, which waits for the computation: both must be under way at once.
+
+    `pairs` names, for a block's computation, the transfer that it meets, and the how-manieth of that name it is. Who
+    waits alone gives up after a while, which is an error.
+    """
+
+    patience = 100.0  # seconds; only ends a hang
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+        self._begun = {transfer: Event() for transfer in pairs.values()}
+        self._over = {transfer: Event() for transfer in pairs.values()}
+        self._sent: dict[str, int] = {}
+
+    def compute(self, way: str, block: int) -> None:
+        """A block's forward or backward."""
+        if transfer := self._pairs.get((way, block)):
+            self._begun[transfer].set()
+            if not self._over[transfer].wait(self.patience):
+                raise RuntimeError(f"the {way} of block {block} is under way, and {transfer} does not come")
+
+    @contextmanager
+    def arranged(self) -> Iterator[None]:
+        """Inside, transfers take part."""
+        send = Ladder.send
+
+        def send_met(
+            ladder: Ladder,
+            route: Any,
+            link: Any,
+            what: str,
+            job: Callable[[], None],
+            after: Sequence[Ticket] = (),
+        ) -> Ticket:
+            transfer = what, self._sent.get(what, 0)
+            self._sent[what] = transfer[1] + 1
+
+            def met() -> None:
+                if not self._begun[transfer].wait(self.patience):
+                    raise RuntimeError(f"{transfer} is under way, and no computation beside it")
+                job()
+                self._over[transfer].set()
+
+            return send(ladder, route, link, what, met if transfer in self._begun else job, after)
+
+        Ladder.send = send_met  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            Ladder.send = send  # type: ignore[method-assign]
+
+    def met(self) -> list[tuple[str, int]]:
+        """The transfers that took part."""
+        return [transfer for transfer, over in self._over.items() if over.is_set()]
+
+
+class Computing(torch.autograd.Function):
+    """A block's computation, as far as a meeting is concerned."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, block: Block) -> Tensor:
+        ctx.block = block
+        block.meetings.compute("forward", block.number)
         return x.clone()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        time.sleep(2 * ctx.seconds)
+        ctx.block.meetings.compute("backward", ctx.block.number)
         return grad, None
 
 
+class Block(nn.Module):
+    """Two layers, 2 * WIDTH * WIDTH elements."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.number = number
+        self.meetings = Meetings({})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Computing.apply(x + self.down(torch.relu(self.up(x))), self)
+
+
 class Model(nn.Module):
-    def __init__(self, blocks: int = BLOCKS, seconds: float = 0.0) -> None:
+    def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.embedding = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.blocks = nn.ModuleList(Block(seconds) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(number) for number in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x)
@@ -139,76 +203,20 @@ def memory(sharding: mics.Sharding, precision: mics.Precision, prefetch_bytes: i
     }
 
 
-@contextmanager
-def slow(seconds: float, *actions: str) -> Iterator[None]:
-    """Let these transfers take so much longer."""
-    descend, climb = Ladder.descend, Ladder.climb
-
-    def slow_descend(self: Ladder, route: Route, action: str, *args: object) -> None:
-        if action in actions:
-            time.sleep(seconds)
-        descend(self, route, action, *args)  # type: ignore[arg-type]
-
-    def slow_climb(self: Ladder, route: Route, action: str, *args: object) -> list[Tensor]:
-        if action in actions:
-            time.sleep(seconds)
-        return climb(self, route, action, *args)  # type: ignore[arg-type]
-
-    Ladder.descend, Ladder.climb = slow_descend, slow_climb  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        Ladder.descend, Ladder.climb = descend, climb  # type: ignore[method-assign]
-
-
-def timed(sharding: mics.Sharding, compute: float, transfer: float, *actions: str) -> tuple[float, float]:
-    """Seconds of a step with slow transfers, and of one whose transfers take no time."""
-    model = mics.shard(Model(6, compute), sharding, ranks_per_node=1)
-    optimizer = mics.AdamW(model.parameters())
-    steps(model, optimizer, 2, 1, marked=True)
-    times = []
-    for wait in (transfer, 0.0):
-        with slow(wait, *actions):
-            best = []
-            for _ in range(3):
-                begin = time.perf_counter()
-                steps(model, optimizer, 1, 1, marked=True)
-                mics.ledger(model)
-                best.append(time.perf_counter() - begin)
-            times.append(min(best))
-    return times[0], times[1]
-
-
-def timed_refresh(sharding: mics.Sharding, compute: float, transfer: float) -> tuple[float, float]:
-    """Seconds of two steps one after the other, less those of one: with slow refreshes and with fast ones."""
-    model = mics.shard(Model(6, compute), sharding, ranks_per_node=1)
-    optimizer = mics.AdamW(model.parameters())
-    steps(model, optimizer, 2, 1, marked=True)
-    times = []
-    for wait in (transfer, 0.0):
-        with slow(wait, "refresh"):
-            best = []
-            for _ in range(3):
-                steps(model, optimizer, 1, 1, marked=True)
-                begin = time.perf_counter()
-                steps(model, optimizer, 1, 1, marked=True)
-                best.append(time.perf_counter() - begin)
-                mics.ledger(model)
-            times.append(min(best))
-    return times[0], times[1]
-
-
-def stood_still(sharding: mics.Sharding, transfer: float) -> tuple[float, float, float]:
-    """Seconds that a step without computation stood still, by the ledger; what the step took; and after a reset."""
+def meet(sharding: mics.Sharding, pairs: Pairs) -> list[tuple[str, int]]:
+    """Train a step whose computations meet these transfers, from the optimizer step before; the transfers met."""
     model = mics.shard(Model(6), sharding, ranks_per_node=1)
     optimizer = mics.AdamW(model.parameters())
-    steps(model, optimizer, 2, 1, marked=True)
-    with slow(transfer, "gather"):
-        mics.ledger(model).reset()
-        begin = time.perf_counter()
+    steps(model, optimizer, 2, 1, marked=True)  # the order of units is known from the second step on
+    for batch in mics.accumulate(model, list(torch.randn(1, 3, WIDTH))):
+        model(batch).backward()
+    mics.ledger(model)  # waits for what is under way
+    meetings = Meetings(pairs)
+    for block in model.blocks:
+        block.meetings = meetings
+    with meetings.arranged():
+        optimizer.step()
+        optimizer.zero_grad()
         steps(model, optimizer, 1, 1, marked=True)
-        ledger = mics.ledger(model)
-        took = time.perf_counter() - begin
-    exposed = ledger.exposed
-    ledger.reset()
-    return exposed, took, mics.ledger(model).exposed
+        mics.ledger(model)
+    return meetings.met()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from depth import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ladder_work as work
@@ -28,14 +29,14 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(world, per_node, Sharding(params, grads, optimizer), draw(st.integers(1, 200)), dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(12, 80)
 @given(case=cases())
 def test_every_climb_is_a_sum_and_every_descent_brings_it_back(pool: Pool, case: Case) -> None:
     for result in pool.run(case.world, work.there_and_back, case):
         assert all(result.values()), result
 
 
-@settings(max_examples=20, deadline=None)
+@draws(8, 40)
 @given(case=cases())
 def test_several_rungs_at_once_work_in_place(pool: Pool, case: Case) -> None:
     for result in pool.run(case.world, work.straight_down_and_up, case):

@@ -1,38 +1,37 @@
 """Any model trains under any sharding as it does in one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from depth import is_deep
 
 import mics_core as mics
 import model_work as work
 from pool import Pool
 
 CHAIN = "units one after another"
-CASES = [
-    pytest.param(name, marks=[pytest.mark.filterwarnings(f"ignore:{case.ignored}")] if case.ignored else [])
-    for name, case in work.CASES.items()
-]
+COMPILED = ("units compiled in place after they were cut", "units wrapped by torch.compile")  # dynamo takes 8 s a case
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_trains_as_in_one_process(pool: Pool, name: str) -> None:
-    pool.run(4, work.trains_as_one_process, name, LOCAL_WORLD_SIZE=2)
+def cases() -> Iterator[Any]:
+    """Every kind of model, each under the next one of all ways to train."""
+    for number, (name, case) in enumerate(work.CASES.items()):
+        marks = [pytest.mark.filterwarnings(f"ignore:{case.ignored}")] if case.ignored else []
+        if name in COMPILED:
+            marks.append(pytest.mark.deep)
+        runs = [run for run in work.RUNS if run.loop in case.loops]
+        yield pytest.param(name, runs if is_deep() else [runs[number % len(runs)]], marks=marks, id=name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        CHAIN,
-        "weights tied between the root and a unit",
-        "LoRA where all else is frozen",
-        "parameters unused later",
-        "an optimizer for matrices and one for vectors",
-    ],
-)
-def test_trains_under_other_shardings(pool: Pool, name: str) -> None:
-    pool.run(4, work.trains_as_one_process, name, work.OTHER_RUNS, LOCAL_WORLD_SIZE=2)
+@pytest.mark.parametrize(("name", "runs"), list(cases()))
+def test_trains_as_in_one_process(pool: Pool, name: str, runs: list[work.Run]) -> None:
+    pool.run(4, work.trains_as_one_process, name, runs, LOCAL_WORLD_SIZE=2)
+
+
+def test_trains_in_every_way(pool: Pool) -> None:
+    pool.run(4, work.trains_as_one_process, CHAIN, work.RUNS, LOCAL_WORLD_SIZE=2)
 
 
 def test_drawn_weights_are_the_same_for_every_sharding_and_number_of_ranks(pool: Pool) -> None:

@@ -3,9 +3,11 @@
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, settings
+from depth import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
+import mics_core as mics
 import training_work as work
 from mics_core import Sharding
 from pool import Pool
@@ -28,7 +30,7 @@ def plans(draw: st.DrawFn, largest: int = 8) -> Plan:
     return Plan(world, per_node, Sharding(params, grads, optimizer), draw(st.integers(1, 4)), draw(st.booleans()))
 
 
-@settings(max_examples=25, deadline=None)
+@draws(12, 60)
 @given(plan=plans(), widths=st.lists(st.integers(1, 7), min_size=2, max_size=4), rows=st.integers(1, 3))
 def test_gradients_of_whole_numbers_are_those_of_one_process_bit_for_bit(
     pool: Pool, plan: Plan, widths: list[int], rows: int
@@ -38,7 +40,7 @@ def test_gradients_of_whole_numbers_are_those_of_one_process_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", work.MODELS)
-@settings(max_examples=8, deadline=None)
+@draws(3, 20)
 @given(
     plan=plans(),
     optimizer=st.sampled_from(["mics.AdamW", "AdamW", "SGD"]),
@@ -53,6 +55,14 @@ def test_five_steps_are_those_of_one_process(
     for weights, norm in pool.run(plan.world, work.train, plan, kind, optimizer, precision, max_norm):
         assert norm <= norm_near
         assert not {name: far for name, far in weights.items() if not far <= near}
+
+
+@pytest.mark.parametrize("precision", [mics.Precision.bf16(), mics.Precision.fp32()], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("degrees", [(2, 2, 4), (1, 1, 1), (4, 4, 4), (1, 2, 4), (2, 2, 2)], ids=str)
+def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], precision: mics.Precision) -> None:
+    words = ("gather", "hop", "sync", "slow", "inside", "between")
+    plan = Plan(4, 2, Sharding(*degrees), 2, marked=True)
+    assert pool.run(4, work.differing_if_late, plan, precision, words) == [[]] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """What test_training.py asks ranks to do: train beside the same model in one process, and compare."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import current_thread
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import registry
+from mics_core import lanes, registry
 
 STEPS = 5
 WIDTH = 8
@@ -226,6 +230,51 @@ def train(
     with mics.full_params(model):
         pairs = zip(model.named_parameters(), alone.parameters(), strict=True)
         return {name: (ours - theirs).detach().abs().max().item() for (name, ours), theirs in pairs}, worst_norm
+
+
+# ---- lanes that are late
+
+LATE = 0.004  # seconds, far more than the computation between two jobs
+
+
+@contextmanager
+def late(word: str) -> Iterator[None]:
+    """Let every job begin late on lanes whose names hold this word."""
+    run = lanes._Item.run
+
+    def run_late(item: lanes._Item, failure: BaseException | None) -> BaseException | None:
+        if word in current_thread().name:
+            time.sleep(LATE)
+        return run(item, failure)
+
+    with patch.object(lanes._Item, "run", run_late):
+        yield
+
+
+def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str]) -> list[str]:
+    """The words whose lanes change a bit of the norms or weights when they are late: whoever reads must wait."""
+
+    def outcome() -> list[bytes]:
+        torch.manual_seed(5)
+        model = mics.shard(Mlp(), plan.sharding, ranks_per_node=plan.per_node, precision=precision)
+        optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
+        seen = []
+        for step in range(3):
+            for number in plan.batches(model):
+                (loss(model, step, number, dist.get_rank()) / plan.micro_steps).backward()
+            seen.append(mics.clip_grad_norm_(model, 0.5))
+            optimizer.step()
+            optimizer.zero_grad()
+        with mics.full_params(model):
+            return [bytes(x.detach().view(-1).view(torch.uint8).tolist()) for x in (*seen, *model.parameters())]
+
+    prompt = outcome()
+    wrong = []
+    for word in words:
+        with late(word):
+            if outcome() != prompt:
+                wrong.append(word)
+    return wrong
 
 
 # ---- replicas

@@ -22,7 +22,7 @@ def test_the_program_of_the_readme_trains_on_four_ranks(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     (loss,) = re.findall(r"^loss ([0-9.]+),", run.stdout, re.M)

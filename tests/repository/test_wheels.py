@@ -13,6 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.deep  # `make dist` runs these, too
+
 MODULES = {"mics-kernels": "mics_kernels", "mics-core": "mics_core", "mics-models": "mics_models"}
 
 

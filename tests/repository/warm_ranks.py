@@ -23,7 +23,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-PATIENCE = 200  # seconds, after which a rank is killed
+PATIENCE = 600  # seconds, after which a rank is killed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""A lane of the host does its jobs in their order, after the works they name, and none behind a failure."""
+
+import threading
+
+import pytest
+
+from mics_core.lanes import HostLane, Ticket
+
+
+def handed_in(lane: HostLane, done: list[str], *names: str) -> list[Ticket]:
+    return [lane.submit(lambda name=name: done.append(name)) for name in names]
+
+
+def test_jobs_are_done_in_the_order_in_which_they_came() -> None:
+    done: list[str] = []
+    names = [str(number) for number in range(100)]
+    handed_in(HostLane("a lane"), done, *names)[-1].wait()
+    assert done == names
+
+
+def test_a_job_waits_for_works_of_other_lanes() -> None:
+    one, other = HostLane("one"), HostLane("other")
+    done: list[str] = []
+    open_gate = threading.Event()
+
+    def behind_the_gate() -> None:
+        assert open_gate.wait(600)
+        done.append("first")
+
+    first = one.submit(behind_the_gate)
+    second = other.submit(lambda: done.append("second"), after=[first])
+    assert not done
+    open_gate.set()
+    second.wait()
+    assert done == ["first", "second"]
+
+
+def test_whoever_waits_for_a_job_that_failed_hears_its_error() -> None:
+    lane = HostLane("a lane")
+    failed = lane.submit(lambda: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failed.wait()
+
+
+def test_nothing_is_done_behind_a_failure() -> None:
+    """Ranks tell messages apart by their order, so a job that is left out would give the next one its messages."""
+    lane = HostLane("a lane")
+    done: list[str] = []
+    lane.submit(lambda: 1 // 0)
+    (later,) = handed_in(lane, done, "later")
+    with pytest.raises(ZeroDivisionError):
+        later.wait()
+    assert not done
+
+
+def test_a_job_whose_works_failed_is_not_done() -> None:
+    done: list[str] = []
+    failed = HostLane("one").submit(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        HostLane("other").submit(lambda: done.append("second"), after=[failed]).wait()
+    assert not done
