@@ -6,7 +6,7 @@ PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
-.PHONY: help setup test test-triton36 lint types contracts check format bench bench-kernels bench-host \
+.PHONY: help setup test test-deep test-bench mutants test-triton36 lint types contracts check format bench bench-kernels bench-host \
 	bench-training bench-links bench-peers bench-scenes bench-checkpoints bench-report gpu-check pretrain dist lock clean
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
@@ -19,8 +19,18 @@ setup: ## Build .venv with the locked versions, with a CPU build of torch where 
 PATIENT := OMP_WAIT_POLICY=passive
 
 # Ranks wait for each other most of the time: a second process of tests uses the cores meanwhile.
-test: setup ## Run the tests.
-	@$(PATIENT) $(PY) -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
+PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadfile
+test: setup ## Run the tests: at most five minutes on 2 cores, and the same draws every time.
+	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
+
+test-deep: setup test-triton36 ## Run everything, with more and new draws: every chain, all kills, the wheels, Triton 3.6.
+	@$(PYTEST) --deep $(ARGS)
+
+test-bench: setup ## Run the tests of the benchmarks' own tools.
+	@$(PATIENT) $(PY) -m pytest bench/tests $(ARGS)
+
+mutants: setup ## Plant small faults in the packages one by one, and tell which of them the tests find.
+	@$(PATIENT) $(PY) tests/mutants/plant.py $(ARGS)
 
 # The interpreter of Triton 3.6 fails on numpy 2.4.
 OLDEST := triton==3.6.0 numpy==2.3.5
