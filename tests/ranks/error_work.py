@@ -234,3 +234,31 @@ def stay_away() -> None:
         model(batch())
     finally:
         told.set("gave up", "")
+
+
+class Chosen(Model):
+    """Blocks of equal size, used in an order that may be another one on each rank."""
+
+    order: tuple[int, ...] = (0, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for number in self.order:
+            x = self.blocks[number](x)
+        return x.float().square().mean()
+
+
+def use_in_orders(sharding: mics.Sharding, orders: list[tuple[int, ...]], marked: bool, *, evaluate: bool) -> bool:
+    """Two micro-steps and a step, or a forward alone; whether that came to an end."""
+    torch.manual_seed(0)
+    model = mics.shard(Chosen(3), sharding, ranks_per_node=2)
+    model.order = orders[dist.get_rank()]
+    if evaluate:
+        with torch.no_grad():
+            model(batch())
+        return True
+    batches = [batch(), batch()]
+    for each in mics.accumulate(model, batches) if marked else batches:
+        model(each).backward()
+    mics.AdamW(model.parameters()).step()
+    return True

@@ -19,6 +19,16 @@ class Evaluated(Chain):
         return [inferred, *evaluate(self, batch)]
 
 
+class Clamped(Chain):
+    """weights clamped between steps."""
+
+    def between(self, optimizer: Any, batch: Any, step: int) -> Sequence[Tensor]:  # noqa: ARG002
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.clamp_(-0.15, 0.15)
+        return [self(batch).detach()]
+
+
 class NoBackward(Chain):
     """forwards without a backward."""
 

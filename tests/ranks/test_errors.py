@@ -1,6 +1,7 @@
 """A mistake is one sentence on every rank: what, got, expected, what to do. Never a hang."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -190,3 +191,38 @@ def test_a_rank_that_stays_away_is_named_with_unit_and_rung(pool: Pool) -> None:
     assert str(second) == "was away"
     for word in ("gather of the root failed on rank 0", "nothing came from rank 1", "1-2 inside nodes"):
         assert word in str(first)
+
+
+SAME, REVERSED, SWAPPED = (0, 1, 2), (2, 1, 0), (1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [[SAME, REVERSED, SAME, SAME], [SAME, SAME, SAME, SWAPPED], [(0, 1), (0, 2), (1, 2), (0, 1)]],
+    ids=["one reversed", "one swaps two", "each drops another"],
+)
+@pytest.mark.parametrize(
+    ("degrees", "marked"), [((2, 2, 4), True), ((2, 2, 2), False), ((4, 4, 4), True), ((1, 4, 4), False)], ids=str
+)
+def test_ranks_that_use_units_in_different_orders_hear_of_it_before_a_step(
+    pool: Pool, degrees: tuple[int, int, int], marked: bool, orders: list[tuple[int, ...]]
+) -> None:
+    """Their sizes agree, so every message arrives, in another unit's place."""
+    job = partial(work.use_in_orders, evaluate=False)
+    sentences = said(pool, LifecycleError, job, Sharding(*degrees), orders, marked, world=4)
+    assert len(set(sentences)) == 1
+    assert "ranks use units in different orders: transfer" in sentences[0]
+    assert "blocks." in sentences[0]
+    assert "on rank 0 and the" in sentences[0]
+
+
+def test_ranks_that_evaluate_in_different_orders_hear_of_it_before_the_forward_returns(pool: Pool) -> None:
+    job = partial(work.use_in_orders, evaluate=True)
+    for text in said(pool, LifecycleError, job, Sharding.mics(4), [SAME, SAME, REVERSED, SAME], False, world=4):
+        assert "the gather of blocks.0 on rank 0 and the gather of blocks.2 on rank 2" in text
+
+
+def test_where_nothing_travels_ranks_may_use_units_in_any_order(pool: Pool) -> None:
+    orders = [SAME, REVERSED, SWAPPED, SAME]
+    assert all(pool.run(4, partial(work.use_in_orders, evaluate=False), Sharding(1, 1, 1), orders, False))
+    assert all(pool.run(4, partial(work.use_in_orders, evaluate=True), Sharding(1, 4, 4), orders, False))

@@ -119,6 +119,11 @@ class Gatherer:
             gathered.arrival = gathered.refreshed
             gathered.residence = Residence.COMING
 
+    def compare_order(self) -> None:
+        """Raise on all ranks if they have gathered different units."""
+        if self.travels:
+            self._ladder.compare_order()
+
     def _start(self, gathered: Gathered) -> None:
         way = Way(Route.GATHER, f"gather of {gathered.unit}", "gather", 1, self._sharding.params)
         for part in gathered.shards:

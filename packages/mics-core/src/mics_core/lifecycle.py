@@ -129,7 +129,7 @@ class Conductor:
             if not again:
                 self._open -= 1
                 if not self._open:
-                    self._end_forward()
+                    self._end_forward(raised=outputs is None and sys.exception() is not None)
 
     def _watch(self, station: Station, outputs: Any) -> Any:
         begin = self._beginner(station)  # which keeps the views that are in place now
@@ -173,11 +173,13 @@ class Conductor:
         self.phase = Phase.FORWARD
         self._order = self._orders[differentiated]
 
-    def _end_forward(self) -> None:
+    def _end_forward(self, *, raised: bool) -> None:
         self.phase = Phase.REST
         if self._order is self._orders[False]:
             self._order.end()
             self._drop_fetched()
+            if not raised:
+                self.gatherer.compare_order()  # no step follows that would
 
     # ---- backward
 

@@ -15,6 +15,7 @@ import torch
 
 from mics_core.comm import Answers, World
 from mics_core.errors import LifecycleError
+from mics_core.handed import DIGITS
 from mics_core.ladder import Ladder, Route, Way
 from mics_core.lanes import DONE, Ticket
 from mics_core.ledger import Tally
@@ -168,9 +169,11 @@ class Reducer:
     def ask(self) -> None:
         """Begin to find the parameters that took part on any rank, so that all ranks update the same ones.
 
-        The backward of the last micro-step ends with this, and the answer travels beside hop 2.
+        The backward of the last micro-step ends with this, and the answer travels beside hop 2. The order of transfers
+        is compared in the same message.
         """
-        self._answers = self._world.ask([used for reduced in self.all for used in reduced.used])
+        used = [used for reduced in self.all for used in reduced.used]
+        self._answers = self._world.ask([*self._ladder.order(), *used])
 
     def settle(self) -> list[Reduced]:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
@@ -185,7 +188,9 @@ class Reducer:
         if self._answers is None:
             self.ask()
         assert self._answers is not None
-        used = iter(self._answers.read())
+        answers = self._answers.read()
+        used = iter(answers[2 * DIGITS :])
+        self._ladder.check_order(answers[: 2 * DIGITS])
         for reduced in self.all:
             mine = [bool(next(used)) for _ in reduced.used]
             if reduced in present:
