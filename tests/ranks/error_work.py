@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import registry
+from mics_core import first_cause, registry
 from runtime_work import WIDTH, Model
 
 
@@ -262,3 +262,21 @@ def use_in_orders(sharding: mics.Sharding, orders: list[tuple[int, ...]], marked
         model(each).backward()
     mics.AdamW(model.parameters()).step()
     return True
+
+
+def raise_in_a_forward() -> None:
+    """Rank 1 ends by an error of the user's own, as an uncaught one would be told."""
+    model = sharded()
+    model(batch())
+    told = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        first_cause.publish(ValueError("no\nsuch luck"))
+        first_cause.publish(KeyError("a later one"))
+        told.wait([f"rank {rank} gave up" for rank in (0, 2)], timedelta(minutes=10))
+        raise RuntimeError("was ended")
+    for group in registry.runtime_of(model, "test").ladder._groups.values():
+        group._group = Impatient(group._group)
+    try:
+        model(batch())
+    finally:
+        told.set(f"rank {dist.get_rank()} gave up", "")

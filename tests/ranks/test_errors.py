@@ -1,5 +1,9 @@
 """A mistake is one sentence on every rank: what, got, expected, what to do. Never a hang."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -226,3 +230,48 @@ def test_where_nothing_travels_ranks_may_use_units_in_any_order(pool: Pool) -> N
     orders = [SAME, REVERSED, SWAPPED, SAME]
     assert all(pool.run(4, partial(work.use_in_orders, evaluate=False), Sharding(1, 1, 1), orders, False))
     assert all(pool.run(4, partial(work.use_in_orders, evaluate=True), Sharding(1, 4, 4), orders, False))
+
+
+def test_the_others_name_the_error_of_the_rank_that_ended_first(pool: Pool) -> None:
+    first, second, third = pool.errors(3, work.raise_in_a_forward)
+    assert str(second) == "was ended"
+    for rank, error in ((0, first), (2, third)):
+        said = (
+            f"gather of the root failed on rank {rank} after rank 1 raised ValueError: no such luck: nothing came from"
+        )
+        assert str(error).startswith(said)
+
+
+PROGRAM = """
+import sys, torch, mics_core as mics
+mics.init()
+model = mics.shard(torch.nn.Linear(100, 100), mics.Sharding.ddp())
+optimizer = mics.AdamW(model.parameters())
+for step in range(2):
+    if step and torch.distributed.get_rank() == 1:
+        raise KeyError("no such luck")
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.deep
+def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_errors() -> None:
+    """Without a launcher, which would end them before they can say anything."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    world = {"WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    errors = [rank.communicate(timeout=600)[1].strip().splitlines()[-1] for rank in ranks]
+    assert errors[1].endswith("KeyError: 'no such luck'")
+    for rank in (0, 2):
+        assert f"failed on rank {rank} after rank 1 raised KeyError: 'no such luck': " in errors[rank]

@@ -46,8 +46,8 @@ def ask_twice_at_once(size: int) -> list[list[int]]:
         return []
     world = World(group)
     rank = dist.get_rank()
-    first = world.ask([rank, size - rank, 7 * (rank == size // 2)])
-    second = world.ask([(1 + rank) * (place == rank) for place in range(size)])
+    first = world.ask([rank, size - rank, 7 * (rank == size // 2)], "one")
+    second = world.ask([(1 + rank) * (place == rank) for place in range(size)], "another")
     return [second.read(), first.read()]
 
 

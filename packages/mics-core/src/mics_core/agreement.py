@@ -52,13 +52,13 @@ def agree(
     described = _describe(units)
     digest = hashlib.sha256(repr(described).encode()).hexdigest()
     mine = Request(resolved, precision, ranks_per_node, prefetch_bytes, digest, comm.node_name(), error)
-    requests: list[Request] = world.tell(mine)
+    requests: list[Request] = world.tell(mine, "shard")
     for rank, request in enumerate(requests):
         if request.error is not None:
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
     _check_alike(requests)
     if any(request.model != requests[0].model for request in requests):
-        _tell_difference(world.tell(described))
+        _tell_difference(world.tell(described, "shard"))
     nodes = [request.node for request in requests]
     per_node = ranks_per_node if ranks_per_node is not None else comm.ranks_per_node(nodes, whole_world=world.whole)
     topology = Topology(world.size, per_node)

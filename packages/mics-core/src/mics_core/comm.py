@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mics_core.errors import ConfigError, LifecycleError
+from mics_core.first_cause import blamed, remember_store
 from mics_core.lanes import DONE, Lane, Ticket, lane
 
 ProcessGroup = dist.ProcessGroup
@@ -75,6 +76,8 @@ class World:
         if group is None and "RANK" in os.environ and not dist.is_initialized():
             raise LifecycleError("shard: torchrun's RANK is set but no process group exists: call mics.init() first")
         self._single = not dist.is_initialized()
+        if not self._single:
+            remember_store()
         self.whole = group is None
         self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
         self.rank = 0 if self._single else dist.get_rank(group)
@@ -84,27 +87,33 @@ class World:
             _count_groups_alike(group)
             self._control = self._subgroup(self.ranks, "control", "gloo")
 
-    def tell(self, mine: object) -> list[Any]:
-        """What every rank says here, in the order of ranks; small objects only."""
+    def tell(self, mine: object, what: str) -> list[Any]:
+        """What every rank says here, in the order of ranks; small objects only. `what` it is about, for errors."""
         if self.size == 1:
             return [mine]
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, mine, group=self._control)
+        try:
+            dist.all_gather_object(everyone, mine, group=self._control)
+        except RuntimeError as error:
+            raise blamed(f"{what}: hearing all ranks", error) from error
         return everyone
 
-    def ask(self, mine: Sequence[int]) -> Answers:
+    def ask(self, mine: Sequence[int], what: str) -> Answers:
         """Begin to find the largest of all ranks' numbers, each from 0 to 255; nothing waits until it is read."""
         numbers = torch.tensor(mine, dtype=torch.uint8)
         if self.size == 1 or not numbers.numel():
             return Answers(numbers, DONE)
-        questions = self._lane("questions", _CPU)
-        return Answers(numbers, questions.submit(partial(_find_largest, self._control, numbers)))
+        job = partial(self._find_largest, self._control, numbers, what)
+        return Answers(numbers, self._lane("questions", _CPU).submit(job))
 
     def send_all(self, flat: torch.Tensor) -> None:
         """Overwrite everyone's buffer with rank 0's."""
         if self.size > 1:
             pass_on = flat.cpu().view(-1).view(torch.uint8)  # any dtype travels as bytes
-            dist.broadcast(pass_on, group_src=0, group=self._control)
+            try:
+                dist.broadcast(pass_on, group_src=0, group=self._control)
+            except RuntimeError as error:
+                raise blamed("shard: taking rank 0's weights", error) from error
             flat.copy_(pass_on.view(flat.dtype).view(flat.shape))
 
     def beside(self, name: str, timeout: timedelta) -> World:
@@ -114,6 +123,27 @@ class World:
             _count_groups_alike(self._control)
             twin._control = self._subgroup(self.ranks, name, "gloo", timeout)
         return twin
+
+    def _find_largest(self, group: ProcessGroup, numbers: torch.Tensor, what: str) -> None:
+        """Overwrite numbers with the largest of all ranks'. 512 ranks need 9 rounds; gloo's ring, 1022 in a row.
+
+        After round n each rank knows the largest of 2**n ranks before it, some twice at the end, which changes nothing.
+        """
+        heard = torch.zeros_like(numbers)
+        for turn in range((self.size - 1).bit_length()):
+            distance = 1 << turn
+            source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+            receiving = group.recv([heard], source, turn)
+            sending = group.send([numbers], target, turn)
+            for work, verb, other in (
+                (receiving, "nothing came from", source),
+                (sending, "nothing was taken by", target),
+            ):
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise blamed(what, _silent(verb, self.ranks[other], "", error)) from error
+            torch.maximum(numbers, heard, out=numbers)
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
         """The lane of this name."""
@@ -166,19 +196,9 @@ def _forget_old_world() -> None:
         _parent = dist.group.WORLD
 
 
-def _find_largest(group: ProcessGroup, numbers: torch.Tensor) -> None:
-    """Overwrite numbers with the largest of all ranks'. 512 ranks need 9 rounds; gloo's ring, 1022 messages in a row.
-
-    After round n each rank knows the largest of 2**n ranks before it, some twice at the end, which changes nothing.
-    """
-    heard = torch.zeros_like(numbers)
-    for turn in range((group.size() - 1).bit_length()):
-        distance = 1 << turn
-        receiving = group.recv([heard], (group.rank() - distance) % group.size(), turn)
-        sending = group.send([numbers], (group.rank() + distance) % group.size(), turn)
-        receiving.wait()
-        sending.wait()
-        torch.maximum(numbers, heard, out=numbers)
+def _silent(verb: str, rank: int, place: str, error: BaseException) -> RuntimeError:
+    """Of a rank that a message is missing from."""
+    return RuntimeError(f"{verb} rank {rank}{place}: it does other work, has failed, or its link is down: {error}")
 
 
 def _count_groups_alike(group: ProcessGroup | None) -> None:
@@ -189,7 +209,10 @@ def _count_groups_alike(group: ProcessGroup | None) -> None:
     """
     mine = len(dist.distributed_c10d._world.pg_names)
     counts: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(counts, mine, group=group)
+    try:
+        dist.all_gather_object(counts, mine, group=group)
+    except RuntimeError as error:
+        raise blamed("meeting all ranks", error) from error
     for _ in range(max(counts) - mine):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
@@ -275,10 +298,7 @@ class _HostGroup:
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise RuntimeError(
-                        f"{verb} rank {self.seat.ranks[other]} on rung {self.seat.name}: it does other work, has "
-                        f"failed, or its link is down: {error}"
-                    ) from error
+                    raise _silent(verb, self.seat.ranks[other], f" on rung {self.seat.name}", error) from error
 
 
 class _DeviceGroup:

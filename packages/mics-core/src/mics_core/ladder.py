@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from mics_core.comm import Group, World
+from mics_core.first_cause import blamed
 from mics_core.handed import Handed, difference
 from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.ledger import Tally
@@ -88,7 +89,7 @@ class Ladder:
             try:
                 job()
             except RuntimeError as error:
-                raise RuntimeError(f"{what} failed on rank {self.rank}: {error}") from error
+                raise blamed(what, error) from error
 
         self._handed.note(_CALLED[route, link], what)
         return self._lanes[route, link].submit(named, after)
@@ -125,11 +126,11 @@ class Ladder:
     def check_order(self, largest: Sequence[int]) -> None:
         """Raise on all ranks if they have handed in different things, given the largest digits of all ranks."""
         if not self._handed.is_alike(largest):
-            raise difference(self._world.tell(self._handed.compared))
+            raise difference(self._world.tell(self._handed.compared, "comparing orders"))
 
     def compare_order(self) -> None:
         """Ask and check at once, where no step follows."""
-        self.check_order(self._world.ask(self.order()).read())
+        self.check_order(self._world.ask(self.order(), "comparing orders").read())
 
     def wait(self, ticket: Ticket) -> None:
         """Let the computation wait, and count how long it stands still."""

@@ -173,7 +173,7 @@ class Reducer:
         is compared in the same message.
         """
         used = [used for reduced in self.all for used in reduced.used]
-        self._answers = self._world.ask([*self._ladder.order(), *used])
+        self._answers = self._world.ask([*self._ladder.order(), *used], "comparing which parameters took part")
 
     def settle(self) -> list[Reduced]:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""

@@ -106,7 +106,7 @@ class _Cutter:
         self._precision = precision
         self._ladder = ladder
         self._world = world
-        self._seed: int = world.tell(torch.initial_seed())[0]
+        self._seed: int = world.tell(torch.initial_seed(), "shard")[0]
         self.replaced: list[weakref.ref[nn.Parameter]] = []
 
     def station(self, number: int, unit: Unit) -> Station:

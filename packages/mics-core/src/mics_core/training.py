@@ -43,7 +43,9 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
             last = following is _END
             if answers is None or not known:  # once, where it is known how many there are
                 more = min(number - 1, 254) if known else int(not last)
-                answers = world.ask([(1 + more) * (rank == world.rank) for rank in range(world.size)])
+                answers = world.ask(
+                    [(1 + more) * (rank == world.rank) for rank in range(world.size)], "comparing micro-batches"
+                )
                 question: Answers | None = answers
             conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, question)
             question = None
@@ -150,7 +152,7 @@ def check_replicas(model: nn.Module) -> None:
                 odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
                 if odd:
                     trouble.append(f"the {name} of {station.gathered.unit} on ranks {odd} and on rank {ranks[0]}")
-    found = sorted({line for lines in runtime.world.tell(trouble) for line in lines})
+    found = sorted({line for lines in runtime.world.tell(trouble, "check_replicas") for line in lines})
     if found:
         raise RuntimeError(
             f"check_replicas: {'; '.join(found)} differ, expected the same bits: a rank's memory or arithmetic is at "

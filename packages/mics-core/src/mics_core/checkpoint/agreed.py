@@ -33,7 +33,7 @@ def exchange(world: World, caller: str, job: Callable[[], T]) -> list[T]:
     except Exception as error:  # the other ranks must hear of it, whatever it is
         cause = error
         mine = (None, _problem(caller, error))
-    answers: list[tuple[T, _Problem | None]] = world.tell(mine)
+    answers: list[tuple[T, _Problem | None]] = world.tell(mine, caller)
     for rank, (_, problem) in enumerate(answers):
         if problem is not None:
             here = mine[1] is not None and mine[1].text == problem.text

@@ -51,7 +51,7 @@ def choose(
     asked: Any = "auto"
     node = comm.node_name()
     mine = Room(asked, precision, ranks_per_node, prefetch_bytes, digest, node, error, _memory(world.device))
-    told: list[Request] = world.tell(mine)
+    told: list[Request] = world.tell(mine, "shard")
     for rank, request in enumerate(told):
         if request.error is not None:
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")

@@ -47,7 +47,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
     world = comm.World(None)
     writable = not path.is_dir() and os.access(path if path.exists() else path.absolute().parent, os.W_OK)
     _check_written(path, None if writable else "no such folder, or no permission", world)  # before minutes of work
-    per_node = min(comm.ranks_per_node(world.tell(comm.node_name()), whole_world=True), world.size)
+    per_node = min(comm.ranks_per_node(world.tell(comm.node_name(), "probe"), whole_world=True), world.size)
     effort = _QUICK if quick else _WHOLE if device.type == "cuda" else _WHOLE_CPU
     groups = [*_inside(per_node), *_between(world.size // per_node)]
     with Progress(3 * len(groups) * len(effort.sizes) + 3, speaks=world.rank == 0) as progress:
@@ -60,7 +60,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
             intra.bandwidth,
             per_node,
         )
-    memory = min(world.tell(_memory(device, per_node)))
+    memory = min(world.tell(_memory(device, per_node), "probe"))
     said = f"measured by mics probe{' --quick' if quick else ''} on {world.size} ranks"
     sources = dict.fromkeys(("memory", "flops", "memory_bandwidth", "intra", "inter"), said)
     if per_node == 1:
@@ -99,7 +99,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
 
 def _check_written(path: Path, problem: str | None, world: comm.World) -> None:
     """Raise on all ranks what rank 0 has found."""
-    if told := world.tell(problem)[0]:
+    if told := world.tell(problem, "probe")[0]:
         raise ConfigError(f"probe: {path} cannot be written: {told}: name a file in a folder of yours")
 
 
@@ -129,7 +129,7 @@ class _Prober:
         tables: dict[tuple[str, int], Table] = {}
         bandwidths, latencies = [], []
         for group in groups:
-            ranks = max(self._world.tell(len(group.seat.ranks)))
+            ranks = max(self._world.tell(len(group.seat.ranks), "probe"))
             for collective in ("gather", "reduce", "all-reduce"):
                 rows = []
                 for piece in _pieces(self._effort.sizes, ranks):
@@ -169,13 +169,13 @@ class _Prober:
         """Seconds of the fastest round, on the slowest rank; all ranks begin together."""
         times = []
         for _ in range(self._effort.rounds + 1):  # the first connects and allocates
-            self._world.tell(None)
+            self._world.tell(None, "probe")
             begin = time.perf_counter()
             work()
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-        return float(max(self._world.tell(min(times[1:]))))
+        return float(max(self._world.tell(min(times[1:]), "probe")))
 
     def _work(self, group: comm.Group, collective: str, piece: int) -> Callable[[], object]:
         mine = torch.zeros(piece // 4, device=self._world.device)
