@@ -231,10 +231,12 @@ def shard_unequal(degrees: tuple[int, int, int]) -> tuple[dict[str, Tensor], dic
 # ---- precision
 
 
-def train_in(precision: mics.Precision, optimizer: str, steps: int, case: str) -> tuple[list[float], float]:
+def train_in(
+    precision: mics.Precision, optimizer: str, steps: int, case: str, degrees: tuple[int, int, int]
+) -> tuple[list[float], float]:
     """The losses of a model trained on one batch, and how far its weights end from those of one process in float32."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    run = Run((2, 2, 4), "accumulate", optimizer)
+    run = Run(degrees, "accumulate", optimizer)
     reference = Reference(CASES[case], run, world)
     model = mics.shard(build(CASES[case]), run.sharding, units=CASES[case].units, precision=precision)
     trained = model.optimizer(optimizer)

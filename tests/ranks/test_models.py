@@ -70,12 +70,18 @@ PRECISIONS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [*((name, "mics.AdamW") for name in PRECISIONS), ("bf16", "torch.AdamW"), ("fp16", "SGD")]
+    ("name", "optimizer", "degrees"),
+    [
+        *((name, "mics.AdamW", (2, 2, 4)) for name in PRECISIONS),
+        ("bf16", "torch.AdamW", (2, 2, 4)),
+        ("fp16", "SGD", (2, 2, 4)),
+        ("fp16, float16 gradients", "mics.AdamW", (4, 4, 4)),
+    ],
 )
-def test_precision(pool: Pool, name: str, optimizer: str) -> None:
+def test_precision(pool: Pool, name: str, optimizer: str, degrees: tuple[int, int, int]) -> None:
     """In so many steps of 1e-2 a weight moves up to 0.1; a half's rounding may decide about a tenth of it."""
     precision, tolerance = PRECISIONS[name]
-    for losses, off in pool.run(4, work.train_in, precision, optimizer, 8, CHAIN, LOCAL_WORLD_SIZE=2):
+    for losses, off in pool.run(4, work.train_in, precision, optimizer, 8, CHAIN, degrees, LOCAL_WORLD_SIZE=2):
         assert losses[-1] < 0.9 * losses[0]
         assert off <= tolerance
 
