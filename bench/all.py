@@ -3,6 +3,8 @@
     python -m bench.all [PARTS...] [--minutes 20]
 
 A part that fails does not keep the others from running; one that no longer fits into the time is left out, and said.
+The pages take no figures of a tree that has changes beside its commit: this run says so before it begins, and fails.
+Records of such trees that were there before, of parts that did not run now, are named and fail nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
 
+from bench import report
 from bench.cluster import unavailable
-from bench.record import ROOT
+from bench.pages import changes
+from bench.record import ROOT, commit
 from bench.scenes.runtimes import left_out
 from bench.scenes.table import SCENES
 
@@ -32,13 +37,22 @@ class Part:
     unable: Callable[[], str | None] = lambda: None
 
 
+PYTHON = [sys.executable, "-m"]
+"""What runs a part's words."""
+
+MOST_NAMES = 3
+"""Of changed files, that a message tells."""
+
+CHECKPOINTS = "--megabytes 1000 --rounds 3 --steps-rounds 5 --ranks 1"
 PARTS = (
-    Part("host", ("bench.host",), 15),
-    Part("training", ("bench.training",), 85),
-    Part("checkpoints", ("bench.checkpoints", "--megabytes", "1000", "--rounds", "3", "--ranks", "1"), 50),
+    Part("host", ("bench.host", "--seconds", "5"), 10),
+    Part("planner", ("bench.planner",), 30),
+    Part("training", ("bench.training", "--seconds", "5"), 65),
+    Part("checkpoints", ("bench.checkpoints", *CHECKPOINTS.split()), 45),
+    Part("wires", ("bench.wires",), 15, unavailable),
     Part("links", ("bench.links",), 90, unavailable),
     *[Part(scene.name, ("bench.scenes", scene.name), scene.budget, unavailable) for scene in SCENES],
-    Part("kernels", ("bench.kernels", "--threads", "1"), 100),
+    Part("kernels", ("bench.kernels", "--threads", "1", "--seconds", "0.3"), 85),
 )
 
 
@@ -71,6 +85,29 @@ def missing() -> dict[str, str]:
     return {name: f"left out: {reason}" for name, reason in found.items() if reason is not None}
 
 
+def renewed(begun: str) -> bool:
+    """Renew the pages; whether they show all that was measured since then. A refused record is named, new or old."""
+    records = report.read()
+    refused = report.refused(records)
+    changed = report.renew(records, refused)
+    _say(f"pages renewed: {', '.join(changed) or 'none'}")
+    new = [name for name in refused if records[name]["date"] >= begun]
+    if old := [name for name in refused if name not in new]:
+        _say(f"from before this run: {report.refusal(records, old)}")
+    if new:
+        _say(report.refusal(records, new))
+    return not new
+
+
+def warning(changed: Sequence[str]) -> str:
+    """What awaits the records of a tree with changes."""
+    more = f" and {len(changed) - MOST_NAMES} more" if len(changed) > MOST_NAMES else ""
+    return (
+        f"the tree has changes ({', '.join(changed[:MOST_NAMES])}{more}), so the pages will refuse what is measured "
+        "now: commit first, or take the records afterwards with python -m bench.report --dirty NAME ..."
+    )
+
+
 def _say(text: str) -> None:
     print(f"\n=== {text}", file=sys.stderr, flush=True)
 
@@ -85,12 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.parts) - set(names):
         parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
     chosen = [part for part in PARTS if part.name in (options.parts or names)]
-    command = [sys.executable, "-m"]
-    trouble = run(chosen, 60 * options.minutes, command)
-    subprocess.run([*command, "bench.report"], cwd=ROOT, check=True)
+    if commit().dirty:
+        _say(warning(changes(ROOT)))
+    begun = datetime.now(UTC).isoformat(timespec="seconds")  # as records have it
+    trouble = run(chosen, 60 * options.minutes, PYTHON)
+    complete = renewed(begun)
     for name, reason in (trouble | missing()).items():
         _say(f"{name}: {reason}")
-    return 1 if any(reason.startswith("failed") for reason in trouble.values()) else 0
+    return 1 if not complete or any(reason.startswith("failed") for reason in trouble.values()) else 0
 
 
 if __name__ == "__main__":

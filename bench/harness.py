@@ -198,6 +198,7 @@ def measure(
     seconds: float,
     *,
     rounds: tuple[int, int] = (7, 200),
+    warm_ups: int = WARM_UPS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
     """Time the variants round by round until `seconds` have passed, at least `rounds[0]` and at most `rounds[1]`.
@@ -206,7 +207,7 @@ def measure(
     """
     names = list(variants)
     for variant in variants.values():
-        for _ in range(WARM_UPS):
+        for _ in range(warm_ups):
             timer.seconds(variant)
     samples: dict[str, list[float]] = {name: [] for name in names}
     least, most = rounds

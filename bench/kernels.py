@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--ops", type=chosen_ops, default=list(OPS), help="some of them, as pack,adamw")
     parser.add_argument("--threads", type=int, help="of torch on a CPU: 1 where other programs want the cores, too")
+    parser.add_argument(
+        "--seconds", type=float, help="for the rounds of one case; default 0.8, on a GPU 0.4, quick 0.1"
+    )
     parser.add_argument("--out", help="name of the record under bench/results/; default kernels, or kernels-quick")
     options = parser.parse_args(arguments)
     if INTERPRETED:
@@ -79,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = default_device()
-    bench = Bench(device, seconds=(0.1 if options.quick else 0.8) if device.type == "cpu" else 0.4)
+    usual = (0.1 if options.quick else 0.8) if device.type == "cpu" else 0.4
+    bench = Bench(device, seconds=usual if options.seconds is None else options.seconds)
     words = ["python", "-m", "bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
     record = stamp(words, device)
     if device.type == "cpu" and record["load"] > 0.5:

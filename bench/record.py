@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from bench.pages import WRITTEN, changes
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / WRITTEN
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,10 @@ def _said(command: Sequence[str]) -> str:
 
 def commit(known: str = "") -> Commit:
     """The commit of this tree; `known` where the tree was copied to the machine without its history."""
-    git = ["git", "-c", f"safe.directory={ROOT}"]
-    found = _said([*git, "rev-parse", "HEAD"]).strip()
+    found = _said(["git", "-c", f"safe.directory={ROOT}", "rev-parse", "HEAD"]).strip()
     if not found:
         return Commit(known or "unknown", None)
-    # Results of a run before this one change nothing that is measured.
-    return Commit(found, bool(_said([*git, "status", "--porcelain", "--", ".", ":!bench/results"])))
+    return Commit(found, bool(changes(ROOT)))
 
 
 def folder(device: torch.device | str) -> str:

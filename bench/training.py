@@ -48,7 +48,7 @@ def defaults(count: int) -> list[str]:
 
 def run(job: Job, count: int) -> tuple[list[Found], Found]:
     """What was found of every model on so many ranks, and what else the ranks reported."""
-    told = ranks.run(count, ["bench.training_work", job.write()], timeout=120 + 10 * job.seconds * len(job.models))
+    told = ranks.run(count, ["bench.training_work", job.write()], timeout=600 + 10 * job.seconds * len(job.models))
     rows = [
         {"model": name, "ranks": count, "variants": judged(found, job, name, told["peak"]["flops"], count)}
         for name, found in told.pop("models").items()

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import depth
 import pytest
+
+import depth
 
 if TYPE_CHECKING:
     from pool import Pool

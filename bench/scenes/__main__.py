@@ -33,7 +33,7 @@ def play(scene: Scene) -> dict[str, Any]:
     begun = time.monotonic()
     with Cluster(scene.nodes, scene.rate_mbit, scene.latency_ms) as cluster:
         words = ["-m", "bench.scenes.work", scene.write()]
-        outputs = cluster.torchrun(words, scene.ranks_per_node, env, timeout=120 + 5 * scene.budget).outputs
+        outputs = cluster.torchrun(words, scene.ranks_per_node, env, timeout=600 + 5 * scene.budget).outputs
         fidelity = cluster.fidelity()
     cases: list[dict[str, Any]] = result(outputs)
     for case in cases:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from depth import draws
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import checkpoint_work as work
 from checkpoint_work import Cluster, Setting
+from depth import draws
 from mics_core import Sharding
 from pool import Pool
 

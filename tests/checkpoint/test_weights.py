@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from depth import is_deep
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ import mics_core as mics
 import pretraining_work
 import weights_work as work
 from checkpoint_work import Cluster, Model
+from depth import is_deep
 from mics_core import ConfigError, LifecycleError, Sharding
 from mics_core.cli import main
 from mics_models.hf import from_hf_lazily, open_safetensors, save_safetensors, to_hf

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from depth import is_deep
 
 TARGETS = ["cuda:80", "cuda:90", "hip:gfx942"] if is_deep() else ["cuda:90"]

@@ -1,12 +1,12 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from depth import draws
 from hypothesis import given
 
 import mics_kernels.ops.pack as pack_op
 import mics_kernels.ops.unpack as unpack_op
 from comparing import assert_same_bits, bits
+from depth import draws
 from mics_kernels import pack, tables, unpack
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

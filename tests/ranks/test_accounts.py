@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from depth import is_deep
 
 import runtime_work as work
+from depth import is_deep
 from mics_core import Precision, Sharding
 from pool import Pool
 

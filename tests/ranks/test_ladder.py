@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from depth import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ladder_work as work
+from depth import draws
 from ladder_work import Case
 from mics_core.sharding import Sharding
 from pool import Pool

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from depth import is_deep
 
 import lifecycle_work as work
+from depth import is_deep
 from lifecycle_work import Seen
 from mics_core import Precision, Sharding
 from pool import Pool

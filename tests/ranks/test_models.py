@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from depth import is_deep
 
 import mics_core as mics
 import model_work as work
+from depth import is_deep
 from pool import Pool
 
 CHAIN = "units one after another"

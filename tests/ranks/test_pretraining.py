@@ -5,9 +5,9 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
-from depth import is_deep
 
 import pretraining_work as work
+from depth import is_deep
 from mics_models.training.batches import Batches, build, configure
 from mics_models.training.news import Stop
 from mics_models.training.schedule import rate

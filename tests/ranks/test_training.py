@@ -3,12 +3,12 @@
 from collections import defaultdict
 
 import pytest
-from depth import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mics_core as mics
 import training_work as work
+from depth import draws
 from mics_core import Sharding
 from pool import Pool
 from training_work import Plan

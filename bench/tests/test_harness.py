@@ -21,6 +21,9 @@ def test_variants_run_interleaved_behind_their_warm_ups() -> None:
     variants = {name: Variant(lambda name=name: called.append(name)) for name in "ab"}
     measure(variants, HostTimer(clock), 0.0, rounds=(3, 3), clock=clock)
     assert called == ["a"] * WARM_UPS + ["b"] * WARM_UPS + list("ab" + "ba" + "ab")
+    called.clear()
+    measure(variants, HostTimer(clock), 0.0, rounds=(3, 3), warm_ups=0, clock=clock)
+    assert called == list("ab" + "ba" + "ab")
 
 
 def test_a_variant_that_takes_twice_as_long_has_the_ratio_two() -> None:
