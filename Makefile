@@ -6,7 +6,7 @@ PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
-.PHONY: help setup test test-deep test-bench mutants test-triton36 lint types contracts check format bench bench-kernels bench-host \
+.PHONY: help setup test test-deep test-bench mutants test-triton36 lint types contracts check format bench bench-kernels bench-host bench-planner bench-wires \
 	bench-training bench-links bench-peers bench-scenes bench-checkpoints bench-report gpu-check pretrain dist lock clean
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
@@ -59,6 +59,12 @@ format: setup ## Format the code and repair what the linter can.
 
 bench: setup ## Run every benchmark that the machine allows, and renew the tables: 20 minutes on 2 cores.
 	@$(PY) -m bench.all $(ARGS)
+
+bench-planner: setup ## Measure what planning itself costs, and a step of 16,384 ranks simulated.
+	@$(PY) -m bench.planner $(ARGS)
+
+bench-wires: setup ## Measure the emulated wires against what they are asked to be (needs root).
+	@$(PY) -m bench.wires $(ARGS)
 
 bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
 	@$(PY) -m bench.kernels $(ARGS)
