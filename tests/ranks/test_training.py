@@ -31,7 +31,7 @@ def plans(draw: st.DrawFn, largest: int = 8) -> Plan:
 
 
 @draws(12, 60)
-@given(plan=plans(), widths=st.lists(st.integers(1, 7), min_size=2, max_size=4), rows=st.integers(1, 3))
+@given(plan=plans(), widths=st.lists(st.integers(1, 12), min_size=2, max_size=4), rows=st.integers(1, 3))
 def test_gradients_of_whole_numbers_are_those_of_one_process_bit_for_bit(
     pool: Pool, plan: Plan, widths: list[int], rows: int
 ) -> None:
