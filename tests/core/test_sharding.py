@@ -71,6 +71,7 @@ def test_precisions_by_their_names() -> None:
         ({"reduce": torch.float8_e4m3fn}, "reduce is torch.float8_e4m3fn, expected"),
         ({"reduce": "bf16"}, "reduce is bf16, expected"),
         ({"master": torch.bfloat16}, "master is torch.bfloat16, expected float32 or float64"),
+        (dict.fromkeys(("compute", "master"), torch.bfloat16), "master is torch.bfloat16, expected float32 or float64"),
         ({"compute": torch.float64}, "no narrower than compute, torch.float64"),
     ],
     ids=str,

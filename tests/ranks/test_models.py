@@ -1,6 +1,7 @@
 """Any model trains under any sharding as it does in one process."""
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ def test_drawn_weights_are_the_same_for_every_sharding_and_number_of_ranks(pool:
     """On the meta device a model costs no memory; its units are drawn and cut one by one."""
     alone, _ = pool.run(1, work.draw, (1, 1, 1))[0]
     assert all(tensor.isfinite().all() for tensor in alone.values())
+    matrices = [tensor for tensor in alone.values() if tensor.dim() == 2]
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in combinations(matrices, 2)), "modules are alike"
     for degrees in ((2, 2, 2), (1, 1, 2), (2, 2, 4), (4, 4, 4)):
         for weights, largest in pool.run(degrees[2], work.draw, degrees, LOCAL_WORLD_SIZE=2):
             assert weights.keys() == alone.keys()
