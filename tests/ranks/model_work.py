@@ -309,6 +309,26 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
     return scales, moved, farthest(model, reference.model)
 
 
+def two_optimizers_overflow() -> list[float]:
+    """The loss scale after a step with infinite gradients and one with good ones, each taken by two optimizers."""
+    torch.manual_seed(5)
+    precision = mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0, patience=1))
+    model = mics.shard(build(Chain), mics.Sharding(2, 2, 2), precision=precision)
+    parameters = list(model.parameters())
+    optimizers = [mics.AdamW(parameters[:4]), torch.optim.SGD(parameters[4:], lr=0.1)]
+    scaling = registry.runtime_of(model, "the test").conductor.scaling
+    assert scaling
+    scales = []
+    for factor in (torch.inf, 1.0):
+        (model(torch.ones(ROWS, WIDTH)).square().mean() * factor).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scales.append(scaling.scale.item())
+    return scales
+
+
 def half(case: str, loss: Callable[[Case, Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The gradients' norm and the input's gradient in float16, and those of one process in float32."""
     torch.manual_seed(5)

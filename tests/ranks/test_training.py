@@ -65,6 +65,11 @@ def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], 
     assert pool.run(4, work.differing_if_late, plan, precision, words) == [[]] * 4
 
 
+def test_every_rank_counts_the_steps_of_every_parameter_also_where_it_has_no_part_of_one(pool: Pool) -> None:
+    for counted in pool.run(4, work.steps_counted, Sharding.mics(4)):
+        assert set(counted.values()) == {2.0}
+
+
 @pytest.mark.parametrize(
     ("degrees", "per_node"), [((1, 1, 1), 2), ((2, 2, 2), 2), ((1, 2, 4), 4), ((2, 2, 4), 2), ((1, 1, 2), 1)], ids=str
 )

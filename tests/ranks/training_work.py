@@ -300,6 +300,18 @@ def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, byt
     return held
 
 
+def steps_counted(sharding: mics.Sharding) -> dict[str, float]:
+    """What AdamW has counted for each parameter in two steps."""
+    model = mics.shard(Mlp(), sharding, ranks_per_node=2)
+    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
+    for step in range(2):
+        loss(model, step, 0, dist.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()["state"]
+    return {name: float(state[number]["step"]) for number, (name, _) in enumerate(model.named_parameters())}
+
+
 def corrupt(sharding: mics.Sharding, state: str, culprit: int) -> None:
     """One bit of one rank's memory of the second block."""
     model = mics.shard(Mlp(), sharding, ranks_per_node=2, precision=mics.Precision.bf16())
