@@ -23,7 +23,7 @@ from mics_models.training.settings import ModelSettings, Settings, flatten
 from mics_models.training.together import Refused
 from pool import Pool
 
-BEGINNINGS = [((2, 2, 4), "bf16"), ((1, 1, 1), "fp32"), ((4, 4, 4), "fp32")]
+BEGINNINGS = [((2, 2, 4), "bf16"), ((4, 4, 4), "fp32")]
 if is_deep():
     shardings = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (1, 2, 4), (2, 2, 4)]
     BEGINNINGS = [(degrees, precision) for degrees in shardings for precision in ("fp32", "bf16")]

@@ -40,7 +40,7 @@ def predicted(kind: str, sharding: Sharding, *, own: bool, recompute: bool, prec
     ("kind", "checkpoint", "precision"),
     [
         pytest.param("gpt", True, Precision.bf16()),
-        pytest.param("bert", False, Precision.fp32()),
+        pytest.param("bert", False, Precision.fp32(), marks=pytest.mark.deep),
         pytest.param("gpt", False, Precision.fp32(), marks=pytest.mark.deep),
         pytest.param("bert", False, Precision.bf16(), marks=pytest.mark.deep),
         pytest.param("bert", True, Precision.fp32(), marks=pytest.mark.deep),

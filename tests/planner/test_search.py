@@ -159,7 +159,10 @@ def test_requests_that_cannot_be_met_say_what_to_change() -> None:
 
 @pytest.mark.parametrize(
     ("name", "cluster", "samples", "tokens"),
-    [("100b", "p4d.24xlarge:64", 8192, 512), ("175b", "p4de.24xlarge:16", 2048, 2048)],
+    [
+        ("100b", "p4d.24xlarge:64", 8192, 512),
+        pytest.param("175b", "p4de.24xlarge:16", 2048, 2048, marks=pytest.mark.deep),
+    ],
 )
 def test_published_cases_fit_and_are_cut(name: str, cluster: str, samples: int, tokens: int) -> None:
     with torch.device("meta"):

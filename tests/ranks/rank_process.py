@@ -142,3 +142,4 @@ def serve(rank: int, pipe: Connection, stacks: Path) -> None:
                 if dist.is_initialized():
                     dist.destroy_process_group()
             gc.collect()
+            gc.freeze()  # what this job has imported need not be searched after the next ones

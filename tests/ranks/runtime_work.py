@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import registry
+from mics_core import comm, registry
 from mics_core.ladder import Ladder
 from mics_core.lanes import Ticket
 from mics_core.ledger import Traffic
@@ -165,6 +165,8 @@ def accounts(
 
 def live_bytes() -> int:
     """Bytes of all tensors that exist, each memory once."""
+    for lane in comm._lanes.values():
+        lane.submit(lambda: None).wait()  # behind which it no longer holds what its last job had
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -174,14 +176,16 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def memory(sharding: mics.Sharding, precision: mics.Precision, prefetch_bytes: int | None) -> dict[str, object]:
-    """Bytes that a sharded model holds: after shard, after each step, and the most that was gathered."""
+def memory(sharding: mics.Sharding, precision: mics.Precision) -> dict[str, object]:
+    """Bytes that a sharded model holds after shard and after each step, and what the formula says."""
     warm = mics.shard(Model(), sharding, ranks_per_node=2, precision=precision)
     steps(warm, mics.AdamW(warm.parameters()), 1, 2, marked=True)  # the kernels' own small tables
     mics.ledger(warm)  # waits for what is under way
     del warm
+    gc.collect()
+    gc.freeze()  # what is there already is not looked at again
     before = live_bytes()
-    model = mics.shard(Model(), sharding, ranks_per_node=2, precision=precision, prefetch_bytes=prefetch_bytes)
+    model = mics.shard(Model(), sharding, ranks_per_node=2, precision=precision)
     after_shard = live_bytes() - before
     optimizer = mics.AdamW(model.parameters())
     after_step = []
@@ -189,18 +193,22 @@ def memory(sharding: mics.Sharding, precision: mics.Precision, prefetch_bytes: i
         steps(model, optimizer, 1, 2, marked=True)
         mics.ledger(model)  # waits for what is under way
         after_step.append(live_bytes() - before)
-    runtime = registry.runtime_of(model, "test")
-    gatherer = runtime.conductor.gatherer
-    units = [station.gathered.bytes for station in runtime.conductor.stations]
+    formula = registry.runtime_of(model, "test").formula
     return {
         "after shard": after_shard,
         "after steps": after_step,
-        "at rest": runtime.formula.at_rest(),
-        "working": runtime.formula.working(),
-        "peak": gatherer.peak,
-        "units": units,
-        "budget": gatherer.budget,
+        "at rest": formula.at_rest(),
+        "working": formula.working(),
     }
+
+
+def gathered(sharding: mics.Sharding, prefetch_bytes: int | None) -> tuple[int, list[int], int]:
+    """The most bytes of whole units, the bytes of each, and the budget for what is gathered ahead."""
+    model = mics.shard(Model(), sharding, ranks_per_node=2, prefetch_bytes=prefetch_bytes)
+    steps(model, mics.AdamW(model.parameters()), 3, 2, marked=True)
+    conductor = registry.runtime_of(model, "test").conductor
+    units = [station.gathered.bytes for station in conductor.stations]
+    return conductor.gatherer.peak, units, conductor.gatherer.budget
 
 
 def meet(sharding: mics.Sharding, pairs: Pairs) -> list[tuple[str, int]]:

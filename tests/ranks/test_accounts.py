@@ -63,7 +63,7 @@ def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: 
     ids=str,
 )
 def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: Sharding, precision: Precision) -> None:
-    for held in pool.run(4, work.memory, sharding, precision, None):
+    for held in pool.run(4, work.memory, sharding, precision):
         at_rest, working = held["at rest"], held["working"]
         assert held["after shard"] == sum(at_rest.values()) - at_rest["optimizer"]
         assert held["after steps"] == [sum(at_rest.values()) + sum(working.values())] * 5
@@ -71,11 +71,10 @@ def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: 
 
 @pytest.mark.parametrize("budget", [0, None, 1 << 20], ids=["none", "one unit", "all"])
 def test_gathered_memory_stays_within_the_budget(pool: Pool, budget: int | None) -> None:
-    for held in pool.run(4, work.memory, Sharding(4, 4, 4), Precision.fp32(), budget):
-        root, *blocks = held["units"]
+    for peak, (root, *blocks), allowed in pool.run(4, work.gathered, Sharding(4, 4, 4), budget):
         # The root and the unit at work, besides what is fetched ahead.
-        assert held["peak"] <= root + max(blocks) + held["budget"]
+        assert peak <= root + max(blocks) + allowed
         if budget is None:
-            assert held["peak"] == root + 2 * max(blocks)
+            assert peak == root + 2 * max(blocks)
         if budget == 1 << 20:
-            assert held["peak"] == root + sum(blocks)
+            assert peak == root + sum(blocks)

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mics_core as mics
 import training_work as work
-from depth import draws
+from depth import draws, is_deep
 from mics_core import Sharding
 from pool import Pool
 from training_work import Plan
@@ -57,12 +56,16 @@ def test_five_steps_are_those_of_one_process(
         assert not {name: far for name, far in weights.items() if not far <= near}
 
 
-@pytest.mark.parametrize("precision", [mics.Precision.bf16(), mics.Precision.fp32()], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("degrees", [(2, 2, 4), (1, 1, 1), (4, 4, 4), (1, 2, 4), (2, 2, 2)], ids=str)
-def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], precision: mics.Precision) -> None:
+LATE = [((2, 2, 4), "bf16"), ((2, 2, 4), "fp32"), ((1, 1, 1), "bf16"), ((4, 4, 4), "fp32"), ((1, 2, 4), "bf16")]
+if is_deep():
+    LATE = [(each, kind) for each in [(2, 2, 4), (1, 1, 1), (4, 4, 4), (1, 2, 4), (2, 2, 2)] for kind in TOLERANCES]
+
+
+@pytest.mark.parametrize(("degrees", "precision"), LATE, ids=str)
+def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], precision: str) -> None:
     words = ("gather", "hop", "sync", "slow", "inside", "between")
     plan = Plan(4, 2, Sharding(*degrees), 2, marked=True)
-    assert pool.run(4, work.differing_if_late, plan, precision, words) == [[]] * 4
+    assert pool.run(4, work.differing_if_late, plan, work.PRECISIONS[precision], words) == [[]] * 4
 
 
 def test_every_rank_counts_the_steps_of_every_parameter_also_where_it_has_no_part_of_one(pool: Pool) -> None:

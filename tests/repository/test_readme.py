@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.deep  # as users start it, with a launcher and four processes that import torch
 def test_the_program_of_the_readme_trains_on_four_ranks(tmp_path: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (example,) = [example for example in examples if "import mics_core" in example]
