@@ -23,7 +23,8 @@ PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadfile
 test: setup ## Run the tests: at most five minutes on 2 cores, and the same draws every time.
 	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
 
-test-deep: setup test-triton36 ## Run everything, with more and new draws: every chain, all kills, the wheels, Triton 3.6.
+test-deep: setup ## Run everything, with more and new draws: every chain, all kills, the wheels, Triton 3.6.
+	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton36)
 	@$(PYTEST) --deep $(ARGS)
 
 test-bench: setup ## Run the tests of the benchmarks' own tools.
