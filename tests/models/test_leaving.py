@@ -47,11 +47,15 @@ def test_the_first_signal_is_remembered_and_its_echo_ignored(monkeypatch: pytest
 
 def test_a_later_signal_does_what_it_would_have_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "ECHOES", -1.0)
-    with Interrupts() as asked:
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert asked.received is signal.SIGTERM
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+    try:
+        with Interrupts() as asked:
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert asked.received is signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_are_put_back() -> None:
