@@ -45,7 +45,7 @@ def agree(
     units: list[Unit] = []
     resolved, error = None, None
     try:
-        units = _checked_units(model, sharding, precision, rule, prefetch_bytes)
+        units = _checked_units(model, sharding, precision, rule, ranks_per_node, prefetch_bytes)
         resolved = sharding.resolve(world.size)
     except ConfigError as problem:
         error = str(problem)
@@ -68,8 +68,17 @@ def agree(
 
 
 def _checked_units(
-    model: nn.Module, sharding: Sharding, precision: Precision, rule: UnitRule | None, prefetch_bytes: int | None
+    model: nn.Module,
+    sharding: Sharding,
+    precision: Precision,
+    rule: UnitRule | None,
+    ranks_per_node: int | None,
+    prefetch_bytes: int | None,
 ) -> list[Unit]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"shard: the model is {model!r}, expected a torch.nn.Module")
+    if ranks_per_node is not None and not isinstance(ranks_per_node, int):
+        raise ConfigError(f"shard: ranks_per_node is {ranks_per_node!r}, expected a number of ranks, or None")
     if not isinstance(sharding, Sharding):
         raise ConfigError(
             f'shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8), or "auto"'

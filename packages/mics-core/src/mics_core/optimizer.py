@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -70,6 +71,9 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            group["betas"] = tuple(group["betas"])
+            _check_settings(group)
         owners = registry.owners(parameter for group in self.param_groups for parameter in group["params"])
         if len(owners) != 1:
             raise ConfigError(
@@ -207,6 +211,16 @@ class AdamW(torch.optim.Optimizer):
                     elif value.data_ptr() != mine.data_ptr():
                         mine.copy_(value)
         self.state.clear()  # they would be kept twice
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    """Raise unless an update with these numbers is one."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise ConfigError(f"AdamW: {name} is {group[name]}, expected a finite number from 0 up")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"AdamW: betas are {betas}, expected two numbers from 0 to below 1")
 
 
 def _taking_part(reduced: Reduced) -> tuple[bool, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,6 +86,16 @@ class LossScale:
     initial: float = 65536.0
     patience: int = 2000
     largest: float = 2.0**24
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "largest"):
+            scale = getattr(self, name)
+            if not 1 <= scale < math.inf:
+                raise ConfigError(
+                    f"LossScale: {name} is {scale}, expected a finite number from 1 up: gradients are scaled up"
+                )
+        if not self.patience >= 1:
+            raise ConfigError(f"LossScale: patience is {self.patience}, expected a count of steps from 1 up")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from mics_core import registry
 from mics_core.comm import Answers
-from mics_core.errors import LifecycleError
+from mics_core.errors import ConfigError, LifecycleError
 from mics_core.fingerprint import fingerprint
 from mics_core.ledger import Ledger
 from mics_core.phases import MicroStep
@@ -64,6 +64,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     Every element counts once, however it is sharded. The norm stays on the device: reading it makes the host wait. With
     mics.AdamW gradients are multiplied as the step reads them, and `p.grad` still shows them unclipped.
     """
+    if not max_norm >= 0:
+        raise ConfigError(
+            f"clip_grad_norm_: max_norm is {max_norm}, expected a norm from 0 up, or infinity to measure it"
+        )
     return registry.runtime_of(model, "clip_grad_norm_").clip(float(max_norm))
 
 

@@ -90,12 +90,18 @@ def _chosen(model: nn.Module, rule: UnitRule | None) -> dict[str, nn.Module]:
             for name, module in inner
             if name.rpartition(".")[0] in lists and not isinstance(module, _CONTAINERS)
         ]
-    elif isinstance(rule, type) or not (callable(rule) or all(isinstance(kind, type) for kind in rule)):
+    elif not _is_rule(rule):
         raise ConfigError(
-            f"shard: units is {rule!r}, expected a list of module classes, or a predicate of name and module"
+            f"shard: units is {rule!r}, expected a list of module classes, or a predicate of name and module: leave it "
+            "out for the children of every ModuleList"
         )
     elif callable(rule):
         inner = [(name, module) for name, module in inner if rule(name, module)]
+        if not inner:
+            raise ConfigError(
+                f"shard: units is a predicate that takes no module of {type(model).__name__}, expected some, or the "
+                "whole model is gathered at once: mend it, or leave units out"
+            )
     else:
         inner = [(name, module) for name, module in inner if isinstance(module, tuple(rule))]
         for kind in rule:
@@ -105,6 +111,13 @@ def _chosen(model: nn.Module, rule: UnitRule | None) -> dict[str, nn.Module]:
                     "class of modules inside the model, or leave units out"
                 )
     return {"": model, **dict(inner)}
+
+
+def _is_rule(rule: object) -> bool:
+    """Whether it is a predicate, or classes, at least one."""
+    if isinstance(rule, Sequence):
+        return bool(rule) and all(isinstance(kind, type) for kind in rule)
+    return callable(rule) and not isinstance(rule, type)
 
 
 def _walk(
