@@ -86,3 +86,14 @@ def test_a_forecast_is_what_the_sharded_model_says() -> None:
         )
     model, _ = pair()
     assert mics.ledger(model).formula == expected
+
+
+def test_after_a_backward_that_raised_modules_have_their_parameters_again() -> None:
+    model, _ = pair()
+    x = torch.ones(2, 6, requires_grad=True)
+    x.register_hook(lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    mics.AdamW(model.parameters()).zero_grad()
+    model(torch.ones(2, 6)).sum().backward()
+    assert model[0].weight is dict(model.named_parameters())["0.weight"]  # type: ignore[operator]

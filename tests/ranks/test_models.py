@@ -78,7 +78,7 @@ PRECISIONS = {
         *((name, "mics.AdamW", (2, 2, 4)) for name in PRECISIONS),
         ("bf16", "torch.AdamW", (2, 2, 4)),
         ("fp16", "SGD", (2, 2, 4)),
-        ("fp16, float16 gradients", "mics.AdamW", (4, 4, 4)),
+        ("fp16, float16 gradients", "SGD", (4, 4, 4)),  # AdamW divides a wrong factor away
     ],
 )
 def test_precision(pool: Pool, name: str, optimizer: str, degrees: tuple[int, int, int]) -> None:
