@@ -109,7 +109,7 @@ pretrain: setup ## Train a small GPT on the sources of Python's standard library
 dist: setup ## Build the wheels and source archives into dist/, and try the wheels in an empty environment.
 	@rm -rf dist
 	@for package in packages/*; do $(PY) -m build -qq --no-isolation --outdir dist $$package || exit 1; done
-	@$(PY) -m pytest tests/repository/test_wheels.py --wheels dist
+	@$(PY) -m pytest --deep tests/repository/test_wheels.py --wheels dist
 
 # The lock holds for every machine, so it names the CUDA libraries, too; tools/setup.sh leaves them out without a GPU.
 # Pins stay as they are where they can: ARGS=--upgrade renews them all.
