@@ -122,6 +122,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("second", "size"), [((16, 24), 24), ((4, 12), 12)], ids=["a hole", "bytes of two tensors"])
+def test_tensors_that_do_not_lie_side_by_side_are_damage(tmp_path: Path, second: tuple[int, int], size: int) -> None:
+    places = {"a": (0, 8), "b": second}
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": ends} for name, ends in places.items()}
+    text = json.dumps(header).encode()
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ConfigError, match=rf"has b, \(2,\) of F32, at bytes {second[0]} to {second[1]} after 8"):
+        mics.open_weights(path)
+
+
 @pytest.mark.parametrize("name", ["state.pt", "state.bin"])
 @pytest.mark.parametrize("change", [shorter, empty])
 def test_a_damaged_state_dict_is_named(tmp_path: Path, name: str, change: Callable[[Path], None]) -> None:

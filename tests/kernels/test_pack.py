@@ -75,7 +75,7 @@ def cases(draw: st.DrawFn, overlapping: bool) -> tuple[list[torch.Tensor], torch
     return members, flat, offsets, length, scale
 
 
-@draws(8, 200)
+@draws(25, 200)
 @given(cases(overlapping=True))
 def test_packing_gives_the_bits_of_the_reference(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -89,7 +89,7 @@ def test_packing_gives_the_bits_of_the_reference(
     assert_same_bits(got, expected)
 
 
-@draws(8, 200)
+@draws(25, 200)
 @given(cases(overlapping=False))
 def test_unpacking_gives_the_bits_of_the_reference(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -103,7 +103,7 @@ def test_unpacking_gives_the_bits_of_the_reference(
         assert_same_bits(one, other)
 
 
-@draws(8, 200)
+@draws(25, 200)
 @given(cases(overlapping=False))
 def test_unpacking_what_was_packed_returns_it(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
@@ -118,7 +118,7 @@ def test_unpacking_what_was_packed_returns_it(
         assert_same_bits(one, other)
 
 
-@draws(8, 200)
+@draws(25, 200)
 @given(cases(overlapping=True))
 def test_the_reference_does_what_its_docstring_says(
     case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float],
