@@ -14,7 +14,12 @@ from training_work import Plan
 
 # How far weights may be from one process's in float32 after 5 steps, each of which moves them by up to 0.05, and norms
 # from its, relatively. Several times what was seen; in half precision all is rounded to 8 or 11 bits, and norms most.
-TOLERANCES = {"fp32": (2e-6, 2e-6), "fp16": (1e-3, 4e-3), "bf16": (5e-3, 4e-2)}
+TOLERANCES = {
+    "fp32": (2e-6, 2e-6),
+    "fp16": (1e-3, 4e-3),
+    "fp16, float16 gradients": (1e-3, 1e-2),
+    "bf16": (5e-3, 4e-2),
+}
 
 
 @st.composite
@@ -66,6 +71,15 @@ def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], 
     words = ("gather", "hop", "sync", "slow", "inside", "between")
     plan = Plan(4, 2, Sharding(*degrees), 2, marked=True)
     assert pool.run(4, work.differing_if_late, plan, work.PRECISIONS[precision], words) == [[]] * 4
+
+
+@pytest.mark.parametrize("degrees", [(4, 4, 4), (2, 2, 4), (1, 1, 1)], ids=str)
+def test_sums_in_float16_are_divided_once(pool: Pool, degrees: tuple[int, int, int]) -> None:
+    """The division comes before the sum there, which would leave float16's range."""
+    plan, kind = Plan(4, 2, Sharding(*degrees), 2, marked=True), "fp16, float16 gradients"
+    for weights, norm in pool.run(4, work.train, plan, "Mlp", "SGD", kind, 100.0):
+        assert norm <= TOLERANCES[kind][1]
+        assert not {name: far for name, far in weights.items() if not far <= TOLERANCES[kind][0]}
 
 
 def test_every_rank_counts_the_steps_of_every_parameter_also_where_it_has_no_part_of_one(pool: Pool) -> None:

@@ -184,6 +184,7 @@ PRECISIONS = {
     "fp32": mics.Precision.fp32(),
     "bf16": mics.Precision.bf16(),
     "fp16": mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0)),
+    "fp16, float16 gradients": mics.Precision.fp16(torch.float16, mics.LossScale(initial=1024.0)),
 }
 
 
