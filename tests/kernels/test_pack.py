@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -163,6 +165,13 @@ def test_unpacking_touches_only_the_tensors(device: torch.device) -> None:
     assert memory[20:40].eq(7).all()
     assert memory[60:].eq(7).all()
     assert memory[10:20].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("run", [pack, pack_op.reference], ids=["pack", "reference"])
+def test_a_small_buffer_is_scaled_once_and_its_gaps_are_zero(run: Callable[..., None], device: torch.device) -> None:
+    flat = torch.full((8,), 7.0, device=device)
+    run([torch.ones(2, device=device), torch.full((3,), 2.0, device=device)], flat, [1, 4], 0.5)
+    assert flat.tolist() == [0, 0.5, 0.5, 0, 1, 1, 1, 0]
 
 
 def test_a_thousand_tensors_take_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
