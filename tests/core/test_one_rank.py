@@ -97,3 +97,15 @@ def test_after_a_backward_that_raised_modules_have_their_parameters_again() -> N
     mics.AdamW(model.parameters()).zero_grad()
     model(torch.ones(2, 6)).sum().backward()
     assert model[0].weight is dict(model.named_parameters())["0.weight"]  # type: ignore[operator]
+
+
+def test_a_step_that_clips_leaves_gradients_as_they_were() -> None:
+    model, _ = pair()
+    optimizer = mics.AdamW(model.parameters())
+    model(torch.ones(2, 6)).square().sum().backward()
+    mics.clip_grad_norm_(model, 1e-3)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    assert all(
+        torch.equal(p.grad, old) for p, old in zip(model.parameters(), before, strict=True) if p.grad is not None
+    )
