@@ -1,6 +1,5 @@
 import dataclasses
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ NAMED: dict[str, GPTConfig | BERTConfig] = {**GPTS, **BERTS}
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_every_named_config_builds_on_meta_quickly_with_the_parameters_its_formula_says(name: str) -> None:
-    begin = time.process_time()  # not the wall's: the machine may be busy
+def test_every_named_config_builds_on_meta_with_the_parameters_its_formula_says(name: str) -> None:
     with torch.device("meta"):
         model = build(NAMED[name])
-    assert time.process_time() - begin < 2
     assert len(model.blocks) == NAMED[name].layers
     assert model.num_params() == NAMED[name].num_params()
 
