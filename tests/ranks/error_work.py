@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -264,6 +265,46 @@ def use_in_orders(sharding: mics.Sharding, orders: list[tuple[int, ...]], marked
     return True
 
 
+def evaluate_apart(degrees: tuple[int, int, int], times: list[int], raising: list[int]) -> tuple[float, float]:
+    """The loss after a step where each rank has evaluated so often, some to raise when all is gathered; and where none
+    has.
+    """
+
+    def loss_after(times: int, raises: bool) -> float:
+        torch.manual_seed(0)
+        model = mics.shard(Chosen(3), mics.Sharding(*degrees), ranks_per_node=2)
+        optimizer = mics.AdamW(model.parameters())
+        for step in range(2):
+            loss = model(torch.full((2, WIDTH), 0.1 * (1 + step)))
+            loss.backward()
+            with torch.no_grad():
+                for _ in range(times):
+                    handle = model.register_forward_hook(lambda *_: 1 // 0) if raises else None
+                    with suppress(ZeroDivisionError):
+                        model(batch())
+                    if handle is not None:
+                        handle.remove()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    rank = dist.get_rank()
+    return loss_after(times[rank], rank in raising), loss_after(0, False)
+
+
+def evaluate_before_a_step_in_another_order() -> None:
+    """The backward has asked already when an evaluation comes, in which all agree."""
+    torch.manual_seed(0)
+    model = mics.shard(Chosen(3), mics.Sharding.mics(4), ranks_per_node=2)
+    model.order = (2, 1, 0) if dist.get_rank() == 1 else (0, 1, 2)
+    for each in mics.accumulate(model, [batch()]):
+        model(each).backward()
+    model.order = (0, 1, 2)
+    with torch.no_grad():
+        model(batch())
+    mics.AdamW(model.parameters()).step()
+
+
 def raise_in_a_forward() -> None:
     """Rank 1 ends by an error of the user's own, as an uncaught one would be told."""
     model = sharded()
@@ -272,8 +313,10 @@ def raise_in_a_forward() -> None:
     if dist.get_rank() == 1:
         first_cause.publish(ValueError("no\nsuch luck"))
         first_cause.publish(KeyError("a later one"))
+        told.set("has told", "")
         told.wait([f"rank {rank} gave up" for rank in (0, 2)], timedelta(minutes=10))
         raise RuntimeError("was ended")
+    told.wait(["has told"], timedelta(minutes=10))
     for group in registry.runtime_of(model, "test").ladder._groups.values():
         group._group = Impatient(group._group)
     try:

@@ -1,7 +1,6 @@
 """A mistake is one sentence on every rank: what, got, expected, what to do. Never a hang."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import error_work as work
 from depth import is_deep
@@ -220,7 +220,7 @@ def test_ranks_that_use_units_in_different_orders_hear_of_it_before_a_step(
     job = partial(work.use_in_orders, evaluate=False)
     sentences = said(pool, LifecycleError, job, Sharding(*degrees), orders, marked, world=4)
     assert len(set(sentences)) == 1
-    assert "ranks use units in different orders: transfer" in sentences[0]
+    assert "ranks use units in different orders: of the transfers" in sentences[0]
     assert "blocks." in sentences[0]
     assert "on rank 0 and the" in sentences[0]
 
@@ -229,6 +229,30 @@ def test_ranks_that_evaluate_in_different_orders_hear_of_it_before_the_forward_r
     job = partial(work.use_in_orders, evaluate=True)
     for text in said(pool, LifecycleError, job, Sharding.mics(4), [SAME, SAME, REVERSED, SAME], False, world=4):
         assert "the gather of blocks.0 on rank 0 and the gather of blocks.2 on rank 2" in text
+
+
+@pytest.mark.parametrize(
+    ("degrees", "times", "raising"),
+    [
+        ((2, 2, 2), [2, 2, 0, 0], []),  # one copy evaluates alone
+        ((2, 2, 4), [1, 1, 3, 3], []),
+        ((2, 2, 2), [1, 1, 1, 1], [1]),
+        ((4, 4, 4), [2, 2, 2, 2], [0, 3]),
+        ((1, 4, 4), [0, 1, 2, 3], [2]),
+    ],
+    ids=str,
+)
+def test_the_ranks_of_one_copy_may_evaluate_without_the_others_and_raise_when_all_is_gathered(
+    pool: Pool, degrees: tuple[int, int, int], times: list[int], raising: list[int]
+) -> None:
+    for found, expected in pool.run(4, work.evaluate_apart, degrees, times, raising):
+        assert found == expected
+
+
+def test_what_was_asked_before_an_evaluation_is_told_after_it(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.evaluate_before_a_step_in_another_order, world=4):
+        assert "blocks." in text
+        assert "on rank 1" in text
 
 
 def test_where_nothing_travels_ranks_may_use_units_in_any_order(pool: Pool) -> None:
@@ -263,10 +287,10 @@ for step in range(2):
 @pytest.mark.deep
 def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_errors() -> None:
     """Without a launcher, which would end them before they can say anything."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    world = {"WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # As torchrun does: a store that a rank kept would go with it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
@@ -276,7 +300,11 @@ def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_error
         )
         for rank in range(3)
     ]
-    errors = [rank.communicate(timeout=600)[1].strip().splitlines()[-1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=600)[1].strip().splitlines()[-1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert errors[1].endswith("KeyError: 'no such luck'")
-    for rank in (0, 2):
-        assert f"failed on rank {rank} after rank 1 raised KeyError: 'no such luck': " in errors[rank]
+    for number in (0, 2):
+        assert f"failed on rank {number} after rank 1 raised KeyError: 'no such luck': " in errors[number]

@@ -1,5 +1,6 @@
 """Training of models that are cut over many ranks, with few bytes on slow links: `shard` one, and train as usual."""
 
+from mics_core import first_cause
 from mics_core.checkpoint import load, save
 from mics_core.checkpoint.weight_files import open_weights
 from mics_core.checkpoint.weights import load_weights
@@ -15,6 +16,7 @@ from mics_core.steps import watch_optimizers
 from mics_core.training import accumulate, check_replicas, clip_grad_norm_, full_params, ledger
 
 watch_optimizers()
+first_cause.publish_at_the_end()
 
 __version__ = "0.1.0"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _CPU = torch.device("cpu")
 _PATIENCE = timedelta(minutes=10)
+_KINDS, _TURNS = 1 << 16, 64  # of questions, and messages in a row of one
 _timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later in this world; torch has one of its own
 
 
@@ -79,6 +81,7 @@ class World:
         if not self._single:
             remember_store()
         self.whole = group is None
+        self._questions = "questions"  # the lane of what this world asks
         self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
         self.rank = 0 if self._single else dist.get_rank(group)
         self.size = len(self.ranks)
@@ -105,7 +108,7 @@ class World:
         if self.size == 1 or not numbers.numel():
             return Answers(numbers, DONE)
         job = partial(self._find_largest, self._control, numbers, what)
-        return Answers(numbers, self._lane("questions", _CPU).submit(job))
+        return Answers(numbers, self._lane(self._questions, _CPU).submit(job))
 
     def send_all(self, flat: torch.Tensor) -> None:
         """Overwrite everyone's buffer with rank 0's."""
@@ -131,11 +134,12 @@ class World:
         After round n each rank knows the largest of 2**n ranks before it, some twice at the end, which changes nothing.
         """
         heard = torch.zeros_like(numbers)
+        kind = zlib.crc32(what.encode()) % _KINDS * _TURNS  # so that no question takes another one's answer
         for turn in range((self.size - 1).bit_length()):
             distance = 1 << turn
             source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            receiving = group.recv([heard], source, turn)
-            sending = group.send([numbers], target, turn)
+            receiving = group.recv([heard], source, kind + turn)
+            sending = group.send([numbers], target, kind + turn)
             for work, verb, other in (
                 (receiving, "nothing came from", source),
                 (sending, "nothing was taken by", target),
@@ -145,6 +149,16 @@ class World:
                 except RuntimeError as error:
                     raise blamed(what, _silent(verb, self.ranks[other], "", error)) from error
             torch.maximum(numbers, heard, out=numbers)
+
+    def among(self, members: Sequence[int], name: str) -> World:
+        """Some of these ranks, for questions of their own; all of them must ask for it, in the same order of groups."""
+        part = copy.copy(self)
+        part.ranks = tuple(self.ranks[member] for member in members)
+        part.rank, part.size = members.index(self.rank), len(members)
+        part._questions = name
+        if part.size > 1:
+            part._control = self._subgroup(part.ranks, name, "gloo")
+        return part
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
         """The lane of this name."""

@@ -65,8 +65,15 @@ def _key() -> str:
     return f"mics: why the first rank ended, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-@atexit.register
-def _publish_at_the_end() -> None:
+def publish_at_the_end() -> None:
+    """Tell what ends the interpreter, if that is an error; called once, when all else that waits at exit is registered.
+
+    What is registered last comes first: the others wait for a second, and lanes and saves may take longer to end.
+    """
+    atexit.register(_publish_what_ends_us)
+
+
+def _publish_what_ends_us() -> None:
     error = getattr(sys, "last_value", None)  # what ends the interpreter
     if error is not None:
         publish(error)

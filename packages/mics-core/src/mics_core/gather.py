@@ -119,10 +119,9 @@ class Gatherer:
             gathered.arrival = gathered.refreshed
             gathered.residence = Residence.COMING
 
-    def compare_order(self) -> None:
-        """Raise on all ranks if they have gathered different units."""
-        if self.travels:
-            self._ladder.compare_order()
+    def compare_order(self, *, wait: bool) -> None:
+        """Raise on the ranks of one copy if they have gathered different units."""
+        self._ladder.order.compare_gathers(wait=wait)
 
     def _start(self, gathered: Gathered) -> None:
         way = Way(Route.GATHER, f"gather of {gathered.unit}", "gather", 1, self._sharding.params)

@@ -20,11 +20,11 @@ import torch
 
 from mics_core.comm import Group, World
 from mics_core.first_cause import blamed
-from mics_core.handed import Handed, difference
 from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Sharding
 from mics_core.topology import Link, Rungs
+from mics_core.transfer_order import TransferOrder
 from mics_kernels import accumulate
 
 
@@ -60,9 +60,8 @@ class Ladder:
     def __init__(self, rungs: Rungs, sharding: Sharding, world: World, tally: Tally) -> None:
         self.rungs = rungs
         self.rank = world.rank
-        self._world = world
         self._tally = tally
-        self._handed = Handed()
+        self.order = TransferOrder(world, sharding.params)
         self._names = [rungs.name(step) for step in rungs.steps(1, world.size)]
         self._params = sharding.params
         spans = {
@@ -91,7 +90,7 @@ class Ladder:
             except RuntimeError as error:
                 raise blamed(what, error) from error
 
-        self._handed.note(_CALLED[route, link], what)
+        self.order.note(_CALLED[route, link], what, gather=route is Route.GATHER)
         return self._lanes[route, link].submit(named, after)
 
     def send_up(self, way: Way, buffer: torch.Tensor, finish: Finish, after: Sequence[Ticket] = ()) -> Ticket:
@@ -118,19 +117,6 @@ class Ladder:
             ticket = self.send(way.route, self.link_above(low), way.what, job, after)
             piece, after = whole[begin:end], [ticket]
         return ticket
-
-    def order(self) -> list[int]:
-        """A digest of what was handed to the lanes since the last one, to be asked of all ranks."""
-        return self._handed.digest()
-
-    def check_order(self, largest: Sequence[int]) -> None:
-        """Raise on all ranks if they have handed in different things, given the largest digits of all ranks."""
-        if not self._handed.is_alike(largest):
-            raise difference(self._world.tell(self._handed.compared, "comparing orders"))
-
-    def compare_order(self) -> None:
-        """Ask and check at once, where no step follows."""
-        self.check_order(self._world.ask(self.order(), "comparing orders").read())
 
     def wait(self, ticket: Ticket) -> None:
         """Let the computation wait, and count how long it stands still."""

@@ -178,8 +178,7 @@ class Conductor:
         if self._order is self._orders[False]:
             self._order.end()
             self._drop_fetched()
-            if not raised:
-                self.gatherer.compare_order()  # no step follows that would
+            self.gatherer.compare_order(wait=not raised)  # no step follows that would
 
     # ---- backward
 

@@ -15,12 +15,12 @@ import torch
 
 from mics_core.comm import Answers, World
 from mics_core.errors import LifecycleError
-from mics_core.handed import DIGITS
 from mics_core.ladder import Ladder, Route, Way
 from mics_core.lanes import DONE, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Precision, Sharding
 from mics_core.shards import Shards
+from mics_core.transfer_order import Asked
 from mics_kernels import accumulate, pack
 
 
@@ -114,6 +114,7 @@ class Reducer:
         self._stepped = False
         self.settled = False  # whether all ranks have agreed since the last gradient came
         self._answers: Answers | None = None
+        self._asked: Asked | None = None  # of the order of transfers, in the same question
 
     def take(self, reduced: Reduced, grads: Sequence[torch.Tensor | None]) -> None:
         """Hop 1: add a backward's gradients to `sharded`, summed over the ranks that share a copy of it."""
@@ -173,7 +174,8 @@ class Reducer:
         is compared in the same message.
         """
         used = [used for reduced in self.all for used in reduced.used]
-        self._answers = self._world.ask([*self._ladder.order(), *used], "comparing which parameters took part")
+        self._asked = self._ladder.order.ask()
+        self._answers = self._world.ask([*self._asked.numbers, *used], "comparing which parameters took part")
 
     def settle(self) -> list[Reduced]:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
@@ -188,9 +190,10 @@ class Reducer:
         if self._answers is None:
             self.ask()
         assert self._answers is not None
-        answers = self._answers.read()
-        used = iter(answers[2 * DIGITS :])
-        self._ladder.check_order(answers[: 2 * DIGITS])
+        assert self._asked is not None
+        answers, length = self._answers.read(), len(self._asked.numbers)
+        used = iter(answers[length:])
+        self._ladder.order.check(self._asked, answers[:length])
         for reduced in self.all:
             mine = [bool(next(used)) for _ in reduced.used]
             if reduced in present:
