@@ -1,8 +1,6 @@
 """What a checkpoint holds beside weights and moments, and what reading it does not do."""
 
 import os
-import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ import mics_core as mics
 from checkpoint_work import Cluster
 from mics_core import ConfigError, Sharding
 from mics_core.checkpoint.description import describe
-from mics_core.checkpoint.manifest import Manifest, measure
-from mics_core.cli import main
 from pool import Pool
 
 TWO = Cluster(2, 2, Sharding(1, 1, 2))
@@ -92,51 +88,3 @@ def test_inspecting_runs_nothing_that_is_hidden_in_pickles(tmp_path: Path) -> No
     assert not (tmp_path / "made").exists()
     mics.load(tmp_path, model, None)  # which says that it trusts them
     assert (tmp_path / "made").exists()
-
-
-class Called:
-    """What a pickle calls when it is read, by the name of a module and one to follow from there."""
-
-    def __init__(self, module: str, name: str, *args: object) -> None:
-        self.module, self.name, self.args = module, name, args
-
-    def pickled(self) -> bytes:
-        """By protocol 4, which follows names through dots."""
-
-        def text(word: str) -> bytes:
-            return b"X" + len(word.encode()).to_bytes(4, "little") + word.encode()
-
-        return b"\x80\x04" + text(self.module) + text(self.name) + b"\x93" + pickle.dumps(self.args, 2)[2:-1] + b"R."
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "mkdir"),
-        ("torch.distributed.checkpoint.filesystem", "os.mkdir"),
-        ("torch.distributed.checkpoint.metadata", "torch._strobelight.cli_function_profiler.subprocess.Popen"),
-        ("torch", "Size.__class__"),
-    ],
-)
-def test_an_index_that_an_attacker_wrote_runs_nothing_and_is_told_in_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], module: str, name: str
-) -> None:
-    """Its length and checksum are right: whoever writes an index writes a manifest, too."""
-    model, optimizer = work.build(ONE, torch.optim.SGD)
-    mics.save(tmp_path / "step-1", model, optimizer)
-    step, made = tmp_path / "step-1", tmp_path / "made"
-    (step / ".metadata").write_bytes(
-        Called(module, name, ["mkdir", str(made)] if "Popen" in name else str(made)).pickled()
-    )
-    manifest = Manifest.read(step)
-    files = manifest.files | {".metadata": measure(step / ".metadata")}
-    (step / "manifest.json").write_bytes(replace(manifest, files=files).render())
-    for command in (["inspect", str(step)], ["inspect", "--verify", str(step)], ["export", str(step), "x.safetensors"]):
-        assert main(command) == 1
-        said = capsys.readouterr().err
-        assert f"the index holds {module}.{name}, which no index holds" in said
-        assert said.count("\n") == 1
-    for load in (lambda: mics.load(step, model, optimizer), lambda: describe(step)):
-        with pytest.raises(RuntimeError, match="which no index holds"):
-            load()
-    assert not made.exists()

@@ -31,17 +31,22 @@ TOGETHER = ("-n", "2", "--dist", "loadfile")
 PACKAGES = ("mics_kernels", "mics_core", "mics_models")
 
 
+class CannotRun(Exception):
+    """Tests that neither pass nor fail, because pytest cannot run them."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What became of one fault."""
 
     fault: Fault
     found_by: str  # a test, or "" if all passed
+    trouble: str = ""  # why the tests could not be run
 
     @property
     def is_right(self) -> bool:
         """Whether it was found, or is known to be missed."""
-        return bool(self.found_by) != bool(self.fault.missed)
+        return not self.trouble and bool(self.found_by) != bool(self.fault.missed)
 
 
 class Copy:
@@ -67,6 +72,8 @@ class Copy:
         self._write(path, fault.planted(code))
         try:
             return Result(fault, self.failing(fault.tests))
+        except CannotRun as trouble:
+            return Result(fault, "", str(trouble))
         finally:
             self._write(path, code)
 
@@ -80,7 +87,7 @@ class Copy:
             "no:cacheprovider",
             "-rfE",
             "--no-header",
-            "--tb=no",
+            "--tb=line",
             f"--patience={PATIENCE}",
         ]
         try:
@@ -93,8 +100,8 @@ class Copy:
             return f"{tests[0]} (crashes)"
         named = re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", run.stdout, re.M)
         if run.returncode != 1 or named is None:
-            raise RuntimeError(f"{' '.join(tests)} could not be run:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
-        return named[1]
+            raise CannotRun(f"{' '.join(tests)} could not be run:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+        return f"{named[1]} (by waiting)" if "not every rank was back" in run.stdout else named[1]
 
     def _python(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *words]
@@ -111,9 +118,10 @@ class Copy:
         program = (
             f"import {', '.join(PACKAGES)}; print({', '.join(f'{each}.__file__' for each in PACKAGES)}, sep='\\n')"
         )
-        for place in self._python("-c", program).stdout.splitlines():
-            if not Path(place).is_relative_to(self.root):
-                raise RuntimeError(f"the tests import {place}, expected the copy in {self.root}")
+        run = self._python("-c", program)
+        places = run.stdout.split()
+        if len(places) != len(PACKAGES) or not all(Path(place).is_relative_to(self.root) for place in places):
+            raise RuntimeError(f"the tests import {places or run.stderr}, expected the copy in {self.root}")
 
 
 def plant(faults: Sequence[Fault], jobs: int) -> list[Result]:
@@ -135,7 +143,9 @@ def plant(faults: Sequence[Fault], jobs: int) -> list[Result]:
             finally:
                 copies.put(copy)
             with lock:
-                state = "found" if result.found_by else "MISSED" if not fault.missed else "missed, as known"
+                state = "found" if result.found_by else "missed, as known" if fault.missed else "MISSED"
+                if result.trouble:
+                    state = f"NOT RUN ({result.trouble})"
                 print(f"{next(told):{width}}/{len(faults)} {state}: {fault.what}", file=sys.stderr, flush=True)
             return result
 
@@ -148,6 +158,8 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         fault = result.fault
         found = result.found_by or f"**missed**: {fault.missed or 'a test is wanted'}"
+        if result.trouble:
+            found = "**not run**: see what was said above"
         name = fault.file.split("/src/")[-1]
         lines.append(f"| {name} | {fault.what} | {found.replace('|', '/')} |")
     found_count = sum(bool(result.found_by) for result in results)

@@ -305,6 +305,17 @@ def evaluate_before_a_step_in_another_order() -> None:
     mics.AdamW(model.parameters()).step()
 
 
+def freeze_blocks_and_use_in_orders(orders: list[tuple[int, ...]]) -> None:
+    """Frozen units have no gradients: nothing but their gathers tells another order."""
+    torch.manual_seed(0)
+    plain = Chosen(3)
+    plain.blocks.requires_grad_(False)
+    model = mics.shard(plain, mics.Sharding.mics(2), ranks_per_node=2)
+    model.order = orders[dist.get_rank()]
+    model(batch()).backward()
+    mics.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad]).step()
+
+
 def raise_in_a_forward() -> None:
     """Rank 1 ends by an error of the user's own, as an uncaught one would be told."""
     model = sharded()

@@ -88,6 +88,7 @@ class Pool:
         self.size = size
         self.patience = patience
         self.workers: dict[int, Worker] = {}
+        self.returned = True  # whether all ranks of the last job did, and will leave their group
         self.numbers = itertools.count()
         self.folder = TemporaryDirectory(prefix="mics-ranks-")
         if sys.platform != "darwin":
@@ -168,11 +169,12 @@ class Pool:
             for rank in self.workers.keys() & outcomes.keys():
                 with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job
                     workers[rank].pipe.send_bytes(b"release")
+        self.returned = all(outcome.state == "returned" for outcome in outcomes.values())
         return [outcomes[rank] for rank in range(world)]
 
     def _ready(self, world: int) -> list[Worker]:
         """Workers that have left their last job's group; new ones for those that did not manage to."""
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + (PATIENCE if self.returned else GRACE)
         used = {rank: worker for rank, worker in self.workers.items() if rank < world}
         for rank, worker in used.items():
             if not worker.is_ready(max(0.0, deadline - time.monotonic())):

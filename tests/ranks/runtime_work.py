@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import comm, registry
+from mics_core import registry
 from mics_core.ladder import Ladder
 from mics_core.lanes import Ticket
 from mics_core.ledger import Traffic
@@ -28,7 +28,7 @@ Pairs = Mapping[tuple[str, int], tuple[str, int]]
 class Meetings:
     """Computations that each wait for a transfer, which waits for the computation: both must be under way at once.
 
-    `pairs` names, for a block's computation, the transfer that it meets, and the how-manieth of that name it is. Who
+    `pairs` names, for a block's computation, the transfer that it meets, and which occurrence of that name it is. Who
     waits alone gives up after a while, which is an error.
     """
 
@@ -164,15 +164,15 @@ def accounts(
     return result
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors that exist, each memory once."""
-    for lane in comm._lanes.values():
-        lane.submit(lambda: None).wait()  # behind which it no longer holds what its last job had
-    seen: list[int] = []
-    while len(seen) < 3 or len(set(seen[-3:])) > 1:  # gloo's threads hold a message for a moment after its end
-        seen.append(_live_bytes())
-        time.sleep(0.03)
-    return seen[-1]
+def live_bytes(expected: int) -> int:
+    """Bytes of all tensors made since the last `gc.freeze`, each memory once; as expected, or what there is at last.
+
+    gloo's threads hold a message for a moment after its end, and nothing says when they have let go.
+    """
+    deadline = time.monotonic() + 60  # only ends a hang
+    while (found := _live_bytes()) != expected and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
 
 
 def _live_bytes() -> int:
@@ -185,30 +185,25 @@ def _live_bytes() -> int:
     return sum(storages.values())
 
 
-def memory(sharding: mics.Sharding, precision: mics.Precision) -> dict[str, object]:
-    """Bytes that a sharded model holds after shard and after each step, and what the formula says."""
+def memory(sharding: mics.Sharding, precision: mics.Precision) -> list[tuple[int, int]]:
+    """Bytes that a sharded model holds after shard and after each step, each with what the formula says."""
     warm = mics.shard(Model(), sharding, ranks_per_node=2, precision=precision)
     steps(warm, mics.AdamW(warm.parameters()), 1, 2, marked=True)  # the kernels' own small tables
     mics.ledger(warm)  # waits for what is under way
     del warm
     gc.collect()
-    gc.freeze()  # what is there already is not looked at again
-    before = live_bytes()
+    gc.freeze()
     model = mics.shard(Model(), sharding, ranks_per_node=2, precision=precision)
-    after_shard = live_bytes() - before
+    formula = registry.runtime_of(model, "test").formula
+    at_rest = sum(formula.at_rest().values())
+    expected = [at_rest - formula.at_rest()["optimizer"], *[at_rest + sum(formula.working().values())] * 5]
+    found = [live_bytes(expected[0])]
     optimizer = mics.AdamW(model.parameters())
-    after_step = []
-    for _ in range(5):
+    for each in expected[1:]:
         steps(model, optimizer, 1, 2, marked=True)
         mics.ledger(model)  # waits for what is under way
-        after_step.append(live_bytes() - before)
-    formula = registry.runtime_of(model, "test").formula
-    return {
-        "after shard": after_shard,
-        "after steps": after_step,
-        "at rest": formula.at_rest(),
-        "working": formula.working(),
-    }
+        found.append(live_bytes(each))
+    return list(zip(found, expected, strict=True))
 
 
 def gathered(sharding: mics.Sharding, prefetch_bytes: int | None) -> tuple[int, list[int], int]:

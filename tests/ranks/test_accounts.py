@@ -64,9 +64,7 @@ def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: 
 )
 def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: Sharding, precision: Precision) -> None:
     for held in pool.run(4, work.memory, sharding, precision):
-        at_rest, working = held["at rest"], held["working"]
-        assert held["after shard"] == sum(at_rest.values()) - at_rest["optimizer"]
-        assert held["after steps"] == [sum(at_rest.values()) + sum(working.values())] * 5
+        assert [found for found, _ in held] == [expected for _, expected in held]
 
 
 @pytest.mark.parametrize("budget", [0, None, 1 << 20], ids=["none", "one unit", "all"])

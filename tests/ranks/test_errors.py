@@ -249,6 +249,13 @@ def test_the_ranks_of_one_copy_may_evaluate_without_the_others_and_raise_when_al
         assert found == expected
 
 
+def test_what_differs_in_gathers_alone_is_told(pool: Pool) -> None:
+    """Of ranks 2 and 3, which hold another copy than rank 0: all hear of it, also those that are not concerned."""
+    job = work.freeze_blocks_and_use_in_orders
+    for text in said(pool, LifecycleError, job, [SAME, SAME, SAME, REVERSED], world=4):
+        assert "is the gather of blocks.0 on rank 2 and the gather of blocks.2 on rank 3" in text
+
+
 def test_what_was_asked_before_an_evaluation_is_told_after_it(pool: Pool) -> None:
     for text in said(pool, LifecycleError, work.evaluate_before_a_step_in_another_order, world=4):
         assert "blocks." in text

@@ -15,6 +15,11 @@ def test_a_unit_is_gathered_while_the_one_before_it_computes(pool: Pool) -> None
     assert pool.run(2, work.meet, Sharding(2, 2, 2), pairs) == [list(pairs.values())] * 2
 
 
+def test_a_gradient_is_summed_over_a_copy_while_the_backward_goes_on(pool: Pool) -> None:
+    pairs = {("backward", block): (f"hop 1 of blocks.{block + 1}", 0) for block in range(LAST)}
+    assert pool.run(2, work.meet, Sharding(2, 2, 2), pairs) == [list(pairs.values())] * 2
+
+
 def test_a_gradient_goes_between_replicas_while_the_backward_goes_on(pool: Pool) -> None:
     pairs = {("backward", block): (f"hop 2 of blocks.{block + 1}", 0) for block in range(LAST)}
     assert pool.run(2, work.meet, Sharding(1, 1, 2), pairs) == [list(pairs.values())] * 2

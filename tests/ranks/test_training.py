@@ -68,9 +68,9 @@ if is_deep():
 
 @pytest.mark.parametrize(("degrees", "precision"), LATE, ids=str)
 def test_late_lanes_change_no_number(pool: Pool, degrees: tuple[int, int, int], precision: str) -> None:
-    words = ("gather", "hop", "sync", "slow", "inside", "between")
+    words = ("gather", "hop", "sync", "slow", "inside", "between", "questions")
     plan = Plan(4, 2, Sharding(*degrees), 2, marked=True)
-    assert pool.run(4, work.differing_if_late, plan, work.PRECISIONS[precision], words) == [[]] * 4
+    assert pool.run(4, work.differing_if_late, plan, work.PRECISIONS[precision], words) == [([], [])] * 4
 
 
 @pytest.mark.parametrize("degrees", [(4, 4, 4), (2, 2, 4), (1, 1, 1)], ids=str)

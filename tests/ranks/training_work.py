@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import lanes, registry
+from mics_core import comm, lanes, registry
 
 STEPS = 5
 WIDTH = 8
@@ -239,21 +239,25 @@ LATE = 0.004  # seconds, far more than the computation between two jobs
 
 
 @contextmanager
-def late(word: str) -> Iterator[None]:
-    """Let every job begin late on lanes whose names hold this word."""
+def late(word: str) -> Iterator[set[str]]:
+    """Let every job begin late on lanes whose names hold this word; the names of those that were late."""
     run = lanes._Item.run
 
     def run_late(item: lanes._Item, failure: BaseException | None) -> BaseException | None:
         if word in current_thread().name:
+            delayed.add(current_thread().name)
             time.sleep(LATE)
         return run(item, failure)
 
+    delayed: set[str] = set()
     with patch.object(lanes._Item, "run", run_late):
-        yield
+        yield delayed
 
 
-def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str]) -> list[str]:
-    """The words whose lanes change a bit of the norms or weights when they are late: whoever reads must wait."""
+def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words whose lanes change a bit of the norms or weights when they are late, for whoever reads must wait; and
+    the lanes that no word delayed.
+    """
 
     def outcome() -> list[bytes]:
         torch.manual_seed(5)
@@ -270,12 +274,14 @@ def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str
             return [bytes(x.detach().view(-1).view(torch.uint8).tolist()) for x in (*seen, *model.parameters())]
 
     prompt = outcome()
-    wrong = []
+    wrong, delayed = [], set()
     for word in words:
-        with late(word):
+        with late(word) as names:
             if outcome() != prompt:
                 wrong.append(word)
-    return wrong
+        delayed |= names
+    used = {f"mics {name}" for name, _ in comm._lanes}
+    return wrong, sorted(used - delayed)
 
 
 # ---- replicas

@@ -52,10 +52,12 @@ class WarmRanks:
         self.start(*ranks, program=program)
         return self.wait()
 
-    def start(self, *ranks: Sequence[str], program: str = "pretrain", pause: float = 0.0) -> list[int]:
-        """Begin a run that sleeps for `pause` seconds before each step; the process of each rank."""
+    def start(self, *ranks: Sequence[str], program: str = "pretrain", gate: tuple[int, str] | None = None) -> list[int]:
+        """Begin a run that does not take the step of this number until the file of this name is there; the process of
+        each rank.
+        """
         self._folder = tempfile.TemporaryDirectory()
-        asked = {"folder": self._folder.name, "ranks": ranks, "program": program, "pause": pause}
+        asked = {"folder": self._folder.name, "ranks": ranks, "program": program, "gate": gate}
         assert self._process.stdin is not None
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         pids: list[int] = self._hear()
@@ -106,9 +108,16 @@ def _be_rank(rank: int, port: int, asked: dict[str, Any]) -> None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
-    if asked["pause"]:
+    if asked["gate"]:
+        shut, file = asked["gate"]
         step = pretrain.Training.step
-        pretrain.Training.step = lambda self, number: (time.sleep(asked["pause"]), step(self, number))[1]  # type: ignore
+
+        def gated(training: Any, number: int) -> Any:
+            while number == shut and not Path(file).exists():
+                time.sleep(0.01)
+            return step(training, number)
+
+        pretrain.Training.step = gated  # type: ignore[method-assign]
     status = 70
     try:
         status = {"pretrain": pretrain, "generate": generate}[asked["program"]].main(asked["ranks"][rank])
