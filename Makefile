@@ -27,7 +27,7 @@ test-deep: setup ## Run everything, with more and new draws: every chain, all ki
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton36)
 	@$(PYTEST) --deep $(ARGS)
 
-test-bench: setup ## Run the tests of the benchmarks' own tools.
+test-bench: setup ## Run the tests of the benchmarks' own tools: five minutes.
 	@$(PATIENT) $(PY) -m pytest bench/tests $(ARGS)
 
 mutants: setup ## Plant small faults in the packages one by one, and tell which of them the tests find.

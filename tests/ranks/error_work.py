@@ -241,11 +241,14 @@ class Chosen(Model):
     """Blocks of equal size, used in an order that may be another one on each rank."""
 
     order: tuple[int, ...] = (0, 1, 2)
+    raises = False  # at the end, when all is gathered
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embedding(x)
         for number in self.order:
             x = self.blocks[number](x)
+        if self.raises:
+            raise ValueError("no such luck")
         return x.float().square().mean()
 
 
@@ -279,11 +282,10 @@ def evaluate_apart(degrees: tuple[int, int, int], times: list[int], raising: lis
             loss.backward()
             with torch.no_grad():
                 for _ in range(times):
-                    handle = model.register_forward_hook(lambda *_: 1 // 0) if raises else None
-                    with suppress(ZeroDivisionError):
+                    model.raises = raises
+                    with suppress(ValueError):
                         model(batch())
-                    if handle is not None:
-                        handle.remove()
+                    model.raises = False
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()
