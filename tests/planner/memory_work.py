@@ -1,5 +1,6 @@
 """What the tests of the memory model ask ranks to do: train a model, and tell the most bytes that a step held."""
 
+import gc
 from dataclasses import replace
 
 import torch
@@ -7,10 +8,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import mics_core as mics
+from mics_core import registry
 from mics_models import BERT, GPT, BERTConfig, GPTConfig
 from runtime_work import live_bytes
 
 ROWS, TOKENS, MICRO_STEPS = 4, 128, 2
+SMALL = 4096
+"""Bytes of numbers and tables that are no unit's, at most."""
 CONFIGS: dict[str, GPTConfig | BERTConfig] = {
     "gpt": GPTConfig(vocab=512, context=TOKENS, layers=3, width=128, heads=4, kv_heads=4, hidden=512),
     "bert": BERTConfig(vocab=512, context=TOKENS, layers=3, width=128, heads=4, hidden=512, types=1),
@@ -54,9 +58,11 @@ def train(
 
 def peak(kind: str, checkpoint: bool, sharding: mics.Sharding, precision: mics.Precision) -> int:
     given = batch()
-    before = live_bytes()
+    gc.collect()
+    gc.freeze()  # what there was before is not this model's
     model, optimizer = train(kind, checkpoint, sharding, precision)
-    held = live_bytes() - before
+    formula = registry.runtime_of(model, "test").formula
+    held = live_bytes(sum(formula.at_rest().values()) + sum(formula.working().values()), beside=SMALL)
     # Of this thread: what lanes allocate they keep from the first steps on.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         step(model, optimizer, given)
