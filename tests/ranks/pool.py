@@ -195,8 +195,10 @@ def _report(outcomes: list[Outcome], timeout: float) -> str:
     first = min(range(len(outcomes)), key=lambda rank: outcomes[rank].at)
     if outcomes[first].at < math.inf:
         head = f"rank {first} {outcomes[first].state} first: {outcomes[first].text}"
-    else:
+    elif any(outcome.state == "hung" for outcome in outcomes):
         head = f"not every rank was back after {timeout:g} s"
+    else:
+        head = "no rank raised"
     for rank, outcome in enumerate(outcomes):
         if outcome.state in ("raised", "died"):
             said[rank] += f" ({outcome.text.strip().splitlines()[-1]})"

@@ -64,6 +64,8 @@ def test_a_rank_that_does_not_raise_is_an_error(pool: Pool) -> None:
     with pytest.raises(RankError, match="an exception on every rank") as caught:
         pool.errors(3, work.refuse, 0, 2)
     assert "rank 1 returned" in str(caught.value)
+    with pytest.raises(RankError, match="on every rank: no rank raised"):
+        pool.errors(2, work.refuse)
 
 
 def test_a_rank_that_dies_is_named_before_those_that_miss_it_and_is_replaced(pool: Pool) -> None:
