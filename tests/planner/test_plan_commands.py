@@ -1,12 +1,14 @@
 """`mics plan` and `mics simulate`: what they print, and that a wrong request is one sentence without a traceback."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from mics_core import Cluster
 from mics_core.cli import main
-from mics_core.planner.commands import counts, parse
+from mics_core.planner.commands import counts
+from mics_core.planner.named_model import NamedModel
 
 TINY = ["--model", 'mics_models:gpt("byte-tiny")', "--cluster", "p4d.24xlarge:2", "--seq", "64", "--global-batch", "64"]
 
@@ -34,6 +36,18 @@ def test_a_class_of_any_module_can_be_planned_for(capsys: pytest.CaptureFixture[
     assert "mics.shard(model, mics.Sharding(" in out
 
 
+def test_a_model_in_a_file_of_this_folder_is_found_as_python_m_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one_of_mine.py").write_text(
+        "from mics_models import gpt\n\ndef mine(*, name):\n    return gpt(name)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as a script has it
+    assert main(["plan", *replaced("--model", "one_of_mine:mine(name='byte-tiny')")]) == 0
+    assert "mics.shard(model" in capsys.readouterr().out
+
+
 def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = replaced("--model", 'mics_models:gpt("gpt2-124m")')
     assert main(["simulate", *arguments, "--nodes", "2,4,...,16", "--weak"]) == 0
@@ -48,6 +62,10 @@ def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model", 'mics_models:gpt("gpt-175b")', "use at least"),
         ("--model", "mics_models.gpt", "expected a module and a call"),
         ("--model", "mics_models:gpt(open('x'))", "expected a module and a call"),
+        ("--model", "mics_models:gpt(name=open('x'))", "expected a module and a call"),
+        ("--model", "mics_models:gpt(**{'name': '100b'})", "expected a module and a call"),
+        ("--model", "mics_models:gpt(name='100b', name='175b')", "expected a module and a call"),
+        ("--model", "mics_models:gpt({[]: 1})", "expected a module and a call"),
         ("--model", "no_such_module:gpt()", "cannot be imported"),
         ("--model", 'mics_models:gpt("gpt-99b")', "expected one of"),
         ("--model", "math:sqrt(4)", "expected a torch.nn.Module"),
@@ -79,8 +97,10 @@ def test_a_cluster_file_with_a_missing_field_is_named(tmp_path: Path, capsys: py
 
 
 def test_expressions_and_numbers_of_nodes_are_read() -> None:
-    assert parse('mics_models:gpt("100b", 2)') == ("mics_models", "gpt", ["100b", 2])
-    assert parse("package.module:Model") == ("package.module", "Model", [])
+    named = NamedModel.parse('mics_models:gpt("100b", 2, deep=[True], name="x")')
+    assert named == NamedModel("mics_models", "gpt", ("100b", 2), (("deep", [True]), ("name", "x")))
+    assert str(named) == "mics_models:gpt('100b', 2, deep=[True], name='x')"
+    assert NamedModel.parse("package.module:Model") == NamedModel("package.module", "Model")
     assert counts("2,4,8,...,64") == [2, 4, 8, 16, 32, 64]
     assert counts("6") == [6]
     for text in (

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ast
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
-from mics_core.planner.workload import in_a_line
+from mics_core.planner.named_model import NamedModel
 from mics_core.sharding import Precision
 
 if TYPE_CHECKING:
@@ -31,7 +27,10 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     simulate = commands.add_parser("simulate", help="draw how a plan scales over nodes, beside ZeRO-3, HSDP and DDP")
     for parser in (plan, simulate):
         parser.add_argument(
-            "--model", required=True, metavar="MODULE:CALL", help="such as 'mics_models:gpt(\"gpt-100b\")'"
+            "--model",
+            required=True,
+            metavar="MODULE:CALL",
+            help="such as 'mics_models:gpt(\"gpt-100b\")'; or of a file in this folder: 'mymodel:Model(layers=80)'",
         )
         parser.add_argument(
             "--cluster", required=True, metavar="NAME:NODES", help="such as p4d.24xlarge:64, or cluster.toml:64"
@@ -95,55 +94,12 @@ def _show(given: argparse.Namespace) -> None:
         raise ConfigError(f"--top is {given.top}, expected at least 1: so many rows are shown")
     plan = _plan(given, Cluster.parse(given.cluster))
     print(plan.table(given.top))
-    module, name, arguments = parse(given.model)
-    package = find_spec(module.partition(".")[0])
-    program = f"{module.partition('.')[0]}.pretrain"
     print()
-    if package and package.submodule_search_locations and find_spec(program) and arguments:
-        named = str(arguments[0]) if "-" in str(arguments[0]) else f"{name}-{arguments[0]}"
-        print(plan.command(f"-m {program} model.name={named}"))
+    if program := NamedModel.parse(given.model).program():
+        print(plan.command(program))
     else:
         print(plan.command())
         print(plan.call())
-
-
-def build(expression: str) -> nn.Module:
-    """The model that `module:call("...")` makes, on the meta device; its arguments are literals."""
-    module, name, arguments = parse(expression)
-    try:
-        make = getattr(import_module(module), name)
-    except Exception as error:  # of the user's module, so of any kind
-        raise ConfigError(
-            f"--model {expression} names {name} of {module}, which cannot be imported: {in_a_line(error)}: name a "
-            "function or class of an installed module"
-        ) from error
-    try:
-        with torch.device("meta"):
-            model = make(*arguments)
-    except Exception as error:
-        raise ConfigError(f"--model {expression} failed: {in_a_line(error)}: correct its arguments") from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"--model {expression} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds "
-            "the model"
-        )
-    return model
-
-
-def parse(expression: str) -> tuple[str, str, list[object]]:
-    """The module, the name and the arguments of `module:name(literal, ...)`. Nothing is evaluated."""
-    module, colon, call = expression.partition(":")
-    try:
-        node = ast.parse(call.strip(), mode="eval").body
-        node = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not colon or not module or not isinstance(node.func, ast.Name) or node.keywords:
-            raise ValueError
-        return module, node.func.id, [ast.literal_eval(argument) for argument in node.args]
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(
-            f"--model is {expression!r}, expected a module and a call with literals, as in "
-            "'mics_models:gpt(\"gpt-100b\")': quote it for the shell"
-        ) from error
 
 
 def counts(text: str) -> list[int]:
@@ -173,7 +129,7 @@ def _plan(given: argparse.Namespace, cluster: Cluster) -> Plan:
     from mics_core.planner.search import plan
 
     return plan(
-        build(given.model),
+        NamedModel.parse(given.model).build(),
         cluster,
         global_batch=given.global_batch,
         seq=given.seq,
