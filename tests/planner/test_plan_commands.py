@@ -22,9 +22,9 @@ def replaced(name: str, value: str) -> list[str]:
 def test_plan_prints_a_table_advice_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "--top", "2"]) == 0
     out = capsys.readouterr().out
-    assert "p4d.24xlarge: 2 nodes of 8" in out
+    assert "p4d.24xlarge, 2 nodes of 8" in out
     assert "TFLOP/s" in out
-    assert "Do not use MiCS" in out
+    assert "every rank keeps whole parameters" in out
     assert "--nproc-per-node 8 -m mics_models.pretrain model.name=byte-tiny sharding.params=1" in out
 
 

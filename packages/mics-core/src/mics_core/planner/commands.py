@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 import torch
 
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.columns import WIDTH
 from mics_core.planner.named_model import NamedModel
 from mics_core.sharding import Precision
 
@@ -44,7 +46,11 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         parser.add_argument("--seq", required=True, type=int, help="tokens of a sample")
         parser.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
         parser.add_argument("--recompute", choices=sorted(RECOMPUTE), default="auto", help="of units, in backwards")
-    plan.add_argument("--top", type=int, default=5, help="so many of the best are shown; default: 5")
+    plan.add_argument(
+        "--top",
+        type=int,
+        help="so many of those not chosen one by one, each with its reason; default: a row for each reason",
+    )
     simulate.add_argument("--nodes", required=True, help="such as 2,4,8,...,64")
     kind = simulate.add_mutually_exclusive_group()
     kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
@@ -90,10 +96,10 @@ def _simulate(given: argparse.Namespace) -> None:
 
 
 def _show(given: argparse.Namespace) -> None:
-    if given.top < 1:
-        raise ConfigError(f"--top is {given.top}, expected at least 1: so many rows are shown")
+    if given.top is not None and given.top < 1:
+        raise ConfigError(f"--top is {given.top}, expected at least 1: so many of those not chosen are shown")
     plan = _plan(given, Cluster.parse(given.cluster))
-    print(plan.table(given.top))
+    print(plan.table(given.top, get_terminal_size((WIDTH, 1)).columns))
     print()
     if program := NamedModel.parse(given.model).program():
         print(plan.command(program))

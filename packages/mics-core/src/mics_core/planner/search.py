@@ -11,13 +11,14 @@ from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.ledger import UnitSize
-from mics_core.planner.advice import advise, cluster_that_fits, reason
+from mics_core.planner.advice import advise, cluster_that_fits
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System, shardings
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.memory import Memory, formula_of, memory
-from mics_core.planner.plan_table import Loser, Plan, Row
+from mics_core.planner.plan_table import Plan
 from mics_core.planner.simulator import simulate
+from mics_core.planner.ways import AS_FAST, Row, loser, preference, too_large
 from mics_core.planner.workload import Sample, Workload, trace
 from mics_core.sharding import Precision, Sharding
 from mics_core.topology import Link, Topology
@@ -25,9 +26,6 @@ from mics_core.units import UnitRule
 
 SIMULATED = 10
 """So many of the most promising shardings are simulated; the rest is known by what it must compute and send."""
-
-AS_FAST = 1.01
-"""A simpler sharding is preferred if a step takes at most so many times as long."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,9 @@ def plan(
         alone, and changing that changes the training's rounding, so by default there is one.
     recompute: whether units' forwards are computed again in backwards; None chooses. It is the model's part to do it.
 
-    Among shardings that take the same time within 1 % the one that cuts least is chosen. Raises a ConfigError that
-    says the least that would do if nothing fits.
+    Among shardings that take the same time within 1 % one is chosen that leaves 5 % of the memory free, then one that
+    cuts nothing over a part of a node, then the one that cuts least. Raises a ConfigError that says the least that
+    would do if nothing fits.
     """
     precisions = _precisions(precision)
     if isinstance(model, Workload):
@@ -75,14 +74,13 @@ def plan(
         if found:
             fitting.append(min(found, key=lambda each: (each.estimate, each.candidate.recompute)))
         else:
-            said = f"does not fit: {least[1].total / 1e9:.1f} of {cluster.memory / 1e9:.1f} GB"
-            losers.append(Loser(least[0], said))
+            losers.append(too_large(*least, cluster))
     if not fitting:
         raise ConfigError(cluster_that_fits(workload, cluster, precisions[0], recomputes))
     rows, rest = _simulated(workload, cluster, fitting, precisions)
     winner = rows[0]
-    slower = [Loser(row.candidate, reason(row.candidate, winner, cluster, row.prediction.seconds)) for row in rows[1:]]
-    unseen = [Loser(each.candidate, reason(each.candidate, winner, cluster, each.bound, least=True)) for each in rest]
+    slower = [loser(row.candidate, row.memory, winner, cluster, row.prediction.seconds) for row in rows[1:]]
+    unseen = [loser(each.candidate, each.memory, winner, cluster, each.bound, least=True) for each in rest]
     return Plan(workload, cluster, tuple(rows), (*slower, *unseen, *losers), advise(rows, cluster))
 
 
@@ -191,7 +189,8 @@ def _simulated(
         rows.append(Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory))
         best = min(best, rows[-1].prediction.seconds)
     rows.sort(key=lambda row: row.prediction.seconds)
-    chosen = min((row for row in rows if row.prediction.seconds <= AS_FAST * best), key=_simplicity)
+    near = (row for row in rows if row.prediction.seconds <= AS_FAST * best)
+    chosen = min(near, key=lambda row: preference(row.candidate, row.memory, cluster))
     varied = [chosen]
     for prefetch in (chosen.candidate.prefetch_units, 2) if chosen.candidate.sharding.params > 1 else (1,):
         for precision in precisions:
@@ -203,8 +202,3 @@ def _simulated(
     if fastest.prediction.seconds * AS_FAST >= chosen.prediction.seconds:
         fastest = chosen
     return [fastest, *(row for row in rows if row is not chosen)], rest
-
-
-def _simplicity(row: Row) -> tuple[int, bool, int, int]:
-    sharding = row.candidate.sharding
-    return sharding.params, row.candidate.recompute, sharding.grads, sharding.optimizer
