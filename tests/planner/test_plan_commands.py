@@ -7,6 +7,7 @@ import pytest
 
 from mics_core import Cluster
 from mics_core.cli import main
+from mics_core.planner import commands
 from mics_core.planner.commands import counts
 from mics_core.planner.named_model import NamedModel
 
@@ -52,8 +53,21 @@ def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = replaced("--model", 'mics_models:gpt("gpt2-124m")')
     assert main(["simulate", *arguments, "--nodes", "2,4,...,16", "--weak"]) == 0
     out = capsys.readouterr().out
-    for word in ("mics", "ZeRO-3", "HSDP", "DDP", "16"):
+    for word in ("mics", "ZeRO-3", "HSDP", "DDP", "16", "fits", "p4d.24xlarge, bf16", "predicted"):
         assert word in out
+
+
+@pytest.mark.parametrize("out", ["absent/curves.png", "folder.png", "curves.exe", ""])
+def test_a_picture_that_cannot_be_written_is_told_before_anything_is_played(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(commands, "_plan", lambda *_: pytest.fail("it plans"))
+    assert main(["simulate", *TINY, "--nodes", "2,4", "--out", out]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mics simulate failed: --out is ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from shutil import get_terminal_size
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 NAMES = ("plan", "simulate", "probe")
 PRECISIONS = {"fp32": Precision.fp32(), "bf16": Precision.bf16(), "fp16": Precision.fp16()}
 RECOMPUTE = {"on": True, "off": False, "auto": None}
+
+
+_PLAYED = (
+    "All of it is predicted. Every row has the micro-batch of mics' plan for the fewest nodes; what does not fit is "
+    "played all the same, and its memory is counted as if mics ran these degrees. exposed: share of a step in which "
+    "computation waits for links. kept: of the speed of a rank on the fewest nodes."
+)
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,7 +64,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     kind = simulate.add_mutually_exclusive_group()
     kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
     kind.add_argument("--strong", action="store_true", help="the batch stays")
-    simulate.add_argument("--out", type=Path, help="a PNG with the curves")
+    simulate.add_argument("--out", type=Path, help="a picture of the curves, such as curves.png")
     probe = commands.add_parser("probe", help="measure this cluster, under torchrun, and write it down for `mics plan`")
     probe.add_argument("out", type=Path, help="such as cluster.toml; rank 0 writes it")
     probe.add_argument("--quick", action="store_true", help="fewer and smaller messages: seconds rather than minutes")
@@ -78,28 +87,44 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _simulate(given: argparse.Namespace) -> None:
-    from mics_core.planner import scaling
+    from mics_core.planner import curve_picture, scaling
 
     nodes = counts(given.nodes)
+    if given.out is not None:
+        _check_picture(given.out)  # before minutes of work
     plan = _plan(given, Cluster.parse(given.cluster).with_nodes(nodes[0]))
     kind = scaling.Scaling.STRONG if given.strong else scaling.Scaling.WEAK
     points = scaling.curves(plan.workload, plan.cluster, plan.chosen, nodes, kind)
-    print(scaling.table(points))
+    title = (
+        f"{NamedModel.parse(given.model)} on {plan.cluster.name}, {given.precision}, "
+        f"micro-batch {plan.micro_batch}{', recomputed' if plan.recompute else ''}\n"
+        f"{given.global_batch:,} samples of {given.seq:,} tokens a step"
+        f"{'' if given.strong else f' on {nodes[0]} nodes, as many a rank on more'}"
+    )
+    print(f"{title}\n\n{scaling.table(points)}\n\n{fill(_PLAYED, _width())}")
     if given.out is not None:
-        try:
-            scaling.draw(points, given.out)
-        except OSError as error:
-            raise ConfigError(
-                f"--out is {given.out}, which cannot be written: {error.strerror}: name a file in a folder of yours"
-            ) from error
+        curve_picture.draw(points, given.out, title)
         print(given.out)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".png" or path.is_dir():
+        raise ConfigError(f"--out is {str(path)!r}, expected a file whose name ends in .png: name one")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--out is {path}, which cannot be written: name a file in a folder of yours")
+
+
+def _width() -> int:
+    """Of the terminal."""
+    return max(40, get_terminal_size((WIDTH, 1)).columns)
 
 
 def _show(given: argparse.Namespace) -> None:
     if given.top is not None and given.top < 1:
         raise ConfigError(f"--top is {given.top}, expected at least 1: so many of those not chosen are shown")
     plan = _plan(given, Cluster.parse(given.cluster))
-    print(plan.table(given.top, get_terminal_size((WIDTH, 1)).columns))
+    print(plan.table(given.top, _width()))
     print()
     if program := NamedModel.parse(given.model).program():
         print(plan.command(program))
