@@ -87,6 +87,10 @@ def test_a_picture_that_cannot_be_written_is_told_before_anything_is_played(
         ("--cluster", "p4d.24xlarge:many", "number of nodes"),
         ("--global-batch", "65", "expected a multiple of the 16 ranks"),
         ("--seq", "4096", "expected at most context"),
+        ("--seq", "9" * 20, "expected the tokens of a sample"),
+        ("--global-batch", "1" + "0" * 400, "at most"),
+        ("--cluster", "p4d.24xlarge:99999999", "expected at most 67108864"),
+        ("--cluster", "p4d.24xlarge:" + "9" * 30, "number of nodes"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(name: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`mics plan`, `mics simulate` and `mics probe`: what they are told, and what they print."""
+"""`mics plan`, `mics simulate`, `mics cluster` and `mics probe`: what they are told, and what they print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
-from mics_core.planner.columns import WIDTH
+from mics_core.planner.columns import WIDTH, aligned, digits
 from mics_core.planner.named_model import NamedModel
 from mics_core.sharding import Precision
 
 if TYPE_CHECKING:
     from mics_core.planner.plan_table import Plan
 
-NAMES = ("plan", "simulate", "probe")
+NAMES = ("plan", "simulate", "cluster", "probe")
 PRECISIONS = {"fp32": Precision.fp32(), "bf16": Precision.bf16(), "fp16": Precision.fp16()}
 RECOMPUTE = {"on": True, "off": False, "auto": None}
 
@@ -65,6 +65,8 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
     kind.add_argument("--strong", action="store_true", help="the batch stays")
     simulate.add_argument("--out", type=Path, help="a picture of the curves, such as curves.png")
+    cluster = commands.add_parser("cluster", help="list the clusters known by name, or print one as a TOML file")
+    cluster.add_argument("name", nargs="?", metavar="NAME:NODES", help="such as DGX-H100; > cluster.toml keeps it")
     probe = commands.add_parser("probe", help="measure this cluster, under torchrun, and write it down for `mics plan`")
     probe.add_argument("out", type=Path, help="such as cluster.toml; rank 0 writes it")
     probe.add_argument("--quick", action="store_true", help="fewer and smaller messages: seconds rather than minutes")
@@ -82,6 +84,8 @@ def run(given: argparse.Namespace) -> None:
                 torch.distributed.destroy_process_group()
     elif given.command == "simulate":
         _simulate(given)
+    elif given.command == "cluster":
+        print(_listed() if given.name is None else Cluster.parse(given.name).toml(), end="")
     else:
         _show(given)
 
@@ -105,6 +109,21 @@ def _simulate(given: argparse.Namespace) -> None:
     if given.out is not None:
         curve_picture.draw(points, given.out, title)
         print(given.out)
+
+
+def _listed() -> str:
+    from mics_core.planner import presets
+
+    rows: list[tuple[str, ...]] = [("name", "ranks a node", "GB a rank", "TFLOP/s", "GB/s inside", "between nodes")]
+    for known in presets.listed():
+        speed = max(known.flops.values())
+        numbers = (known.memory, speed / 1e3, known.intra.bandwidth, known.inter.bandwidth)
+        rows.append((known.name, str(known.ranks_per_node), *(digits(number / 1e9) for number in numbers)))
+    said = (
+        f"A name stands for one node, NAME:8 for 8. {presets.THIS!r} looks at this one, and `mics probe cluster.toml` "
+        "under torchrun measures yours. `mics cluster NAME` prints all numbers, and where each is from."
+    )
+    return f"{aligned(rows, (0,))}\n\n{fill(said, _width())}\n"
 
 
 def _check_picture(path: Path) -> None:

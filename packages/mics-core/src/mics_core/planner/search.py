@@ -24,6 +24,9 @@ from mics_core.sharding import Precision, Sharding
 from mics_core.topology import Link, Topology
 from mics_core.units import UnitRule
 
+MOST = 1 << 40
+"""Samples of a step, or tokens of a sample: products of them stay numbers that tensors can have."""
+
 SIMULATED = 10
 """So many of the most promising shardings are simulated; the rest is known by what it must compute and send."""
 
@@ -94,8 +97,10 @@ def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
             f"plan: {type(model).__name__} takes {list(names)}, expected tokens (or input_ids) and targets (or "
             "labels): pass what it is called with as mics.plan(sample=...)"
         )
-    if seq is None or seq < 1:
-        raise ConfigError(f"plan: seq is {seq}, expected the tokens of a sample: pass seq=..., or sample=...")
+    if seq is None or not 1 <= seq <= MOST:
+        raise ConfigError(
+            f"plan: seq is {seq}, expected the tokens of a sample, 1 to {MOST}: pass seq=..., or sample=..."
+        )
     row = torch.empty(1, seq, dtype=torch.int64, device="meta")
     return {tokens: row, targets: row}
 
@@ -111,11 +116,11 @@ def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[P
 
 
 def _share(global_batch: int, cluster: Cluster) -> int:
-    if global_batch < 1 or global_batch % cluster.ranks:
-        near = max(1, round(global_batch / cluster.ranks)) * cluster.ranks
+    if not 1 <= global_batch <= MOST or global_batch % cluster.ranks:
+        near = max(1, (min(global_batch, MOST) + cluster.ranks // 2) // cluster.ranks) * cluster.ranks
         raise ConfigError(
             f"plan: global_batch is {global_batch}, expected a multiple of the {cluster.ranks} ranks, so that each has "
-            f"equally many samples: take {near}, for example"
+            f"equally many samples, and at most {MOST}: take {near}, for example"
         )
     return global_batch // cluster.ranks
 
