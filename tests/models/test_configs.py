@@ -48,6 +48,8 @@ def test_the_named_configs_have_their_published_sizes() -> None:
     assert GPTS["gpt2-124m"].num_params() == 124_439_808  # GPT-2's own, to the parameter
     assert GPTS["gpt2-350m"].num_params() == 354_823_168
     assert GPTS["gpt2-1.5b"].num_params() == 1_557_611_200
+    assert GPTS["llama3-8b"].num_params() == 8_030_261_248  # Meta's own, to the parameter
+    assert GPTS["llama3-70b"].num_params() == 70_553_706_496
     assert BERTS["bert-base"].num_params() == 110_106_428  # BERT's own with both heads
     assert BERTS["bert-large"].num_params() == 336_226_108
     billions = {"gpt-1.3b": 1.3, "gpt2-20b": 20, "gpt-30b": 30, "gpt-100b": 100, "gpt-175b": 175}

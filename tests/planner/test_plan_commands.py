@@ -1,12 +1,15 @@
 """`mics plan` and `mics simulate`: what they print, and that a wrong request is one sentence without a traceback."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from mics_core import Cluster
 from mics_core.cli import main
-from mics_core.planner.commands import counts, parse
+from mics_core.planner import commands
+from mics_core.planner.commands import counts
+from mics_core.planner.named_model import NamedModel
 
 TINY = ["--model", 'mics_models:gpt("byte-tiny")', "--cluster", "p4d.24xlarge:2", "--seq", "64", "--global-batch", "64"]
 
@@ -20,9 +23,9 @@ def replaced(name: str, value: str) -> list[str]:
 def test_plan_prints_a_table_advice_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *TINY, "--top", "2"]) == 0
     out = capsys.readouterr().out
-    assert "p4d.24xlarge: 2 nodes of 8" in out
+    assert "p4d.24xlarge, 2 nodes of 8" in out
     assert "TFLOP/s" in out
-    assert "Do not use MiCS" in out
+    assert "every rank keeps whole parameters" in out
     assert "--nproc-per-node 8 -m mics_models.pretrain model.name=byte-tiny sharding.params=1" in out
 
 
@@ -34,12 +37,37 @@ def test_a_class_of_any_module_can_be_planned_for(capsys: pytest.CaptureFixture[
     assert "mics.shard(model, mics.Sharding(" in out
 
 
+def test_a_model_in_a_file_of_this_folder_is_found_as_python_m_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one_of_mine.py").write_text(
+        "from mics_models import gpt\n\ndef mine(*, name):\n    return gpt(name)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as a script has it
+    assert main(["plan", *replaced("--model", "one_of_mine:mine(name='byte-tiny')")]) == 0
+    assert "mics.shard(model" in capsys.readouterr().out
+
+
 def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = replaced("--model", 'mics_models:gpt("gpt2-124m")')
     assert main(["simulate", *arguments, "--nodes", "2,4,...,16", "--weak"]) == 0
     out = capsys.readouterr().out
-    for word in ("mics", "ZeRO-3", "HSDP", "DDP", "16"):
+    for word in ("mics", "ZeRO-3", "HSDP", "DDP", "16", "fits", "p4d.24xlarge, bf16", "predicted"):
         assert word in out
+
+
+@pytest.mark.parametrize("out", ["absent/curves.png", "folder.png", "curves.exe", ""])
+def test_a_picture_that_cannot_be_written_is_told_before_anything_is_played(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(commands, "_plan", lambda *_: pytest.fail("it plans"))
+    assert main(["simulate", *TINY, "--nodes", "2,4", "--out", out]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mics simulate failed: --out is ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -48,6 +76,10 @@ def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model", 'mics_models:gpt("gpt-175b")', "use at least"),
         ("--model", "mics_models.gpt", "expected a module and a call"),
         ("--model", "mics_models:gpt(open('x'))", "expected a module and a call"),
+        ("--model", "mics_models:gpt(name=open('x'))", "expected a module and a call"),
+        ("--model", "mics_models:gpt(**{'name': '100b'})", "expected a module and a call"),
+        ("--model", "mics_models:gpt(name='100b', name='175b')", "expected a module and a call"),
+        ("--model", "mics_models:gpt({[]: 1})", "expected a module and a call"),
         ("--model", "no_such_module:gpt()", "cannot be imported"),
         ("--model", 'mics_models:gpt("gpt-99b")', "expected one of"),
         ("--model", "math:sqrt(4)", "expected a torch.nn.Module"),
@@ -55,6 +87,10 @@ def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:
         ("--cluster", "p4d.24xlarge:many", "number of nodes"),
         ("--global-batch", "65", "expected a multiple of the 16 ranks"),
         ("--seq", "4096", "expected at most context"),
+        ("--seq", "9" * 20, "expected the tokens of a sample"),
+        ("--global-batch", "1" + "0" * 400, "at most"),
+        ("--cluster", "p4d.24xlarge:99999999", "expected at most 67108864"),
+        ("--cluster", "p4d.24xlarge:" + "9" * 30, "number of nodes"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(name: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,8 +115,10 @@ def test_a_cluster_file_with_a_missing_field_is_named(tmp_path: Path, capsys: py
 
 
 def test_expressions_and_numbers_of_nodes_are_read() -> None:
-    assert parse('mics_models:gpt("100b", 2)') == ("mics_models", "gpt", ["100b", 2])
-    assert parse("package.module:Model") == ("package.module", "Model", [])
+    named = NamedModel.parse('mics_models:gpt("100b", 2, deep=[True], name="x")')
+    assert named == NamedModel("mics_models", "gpt", ("100b", 2), (("deep", [True]), ("name", "x")))
+    assert str(named) == "mics_models:gpt('100b', 2, deep=[True], name='x')"
+    assert NamedModel.parse("package.module:Model") == NamedModel("package.module", "Model")
     assert counts("2,4,8,...,64") == [2, 4, 8, 16, 32, 64]
     assert counts("6") == [6]
     for text in (

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from math import isnan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +15,10 @@ from mics_core import topology
 from mics_core.errors import ConfigError
 from mics_core.ladder import Ladder, Route
 from mics_core.ledger import Formula
-from mics_core.planner import Candidate, Cluster, Link, System, Transport, simulate
+from mics_core.planner import Candidate, Cluster, Link, System, Transport, curve_picture, simulate
 from mics_core.planner.collectives import Collectives, Move
 from mics_core.planner.engine import COMPUTE, Program
-from mics_core.planner.scaling import Scaling, curves, peer, table
-from mics_core.planner.scaling import draw as draw_curves
+from mics_core.planner.scaling import Point, Scaling, curves, peer, table
 from mics_core.planner.schedule import Ours
 from mics_core.planner.simulator import turn
 from mics_core.planner.timeline import draw, write_trace
@@ -254,12 +255,51 @@ def test_pictures_are_drawn_or_the_missing_package_is_named(tmp_path: Path, monk
     pytest.importorskip("matplotlib.figure")
     told = simulate(WORK, cluster(), candidate(2, 2, 4))
     draw(told, tmp_path / "step.png")
-    draw_curves(curves(WORK, cluster(), candidate(2, 2, 2), [2, 4]), tmp_path / "weak.png")
+    curve_picture.draw(curves(WORK, cluster(), candidate(2, 2, 2), [2, 4]), tmp_path / "weak.png")
     for name in ("step.png", "weak.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         draw(told, tmp_path / "none.png")
+
+
+def partly_fitting() -> list[Point]:
+    """ZeRO-3 fits from 4 nodes on, DDP nowhere, mics everywhere."""
+    points = curves(WORK, cluster(), candidate(4, 4, 4), [2, 4, 8])
+    needed = {(point.system, point.nodes): point.memory for point in points}
+    room = needed[System.ZERO3, 4]
+    assert needed[System.ZERO3, 2] > room > needed[System.ZERO3, 8]
+    assert all(needed[System.DDP, nodes] > 2 * needed[System.MICS, nodes] > room for nodes in (2, 4, 8))
+    return [replace(point, available=2 * room if point.system is System.MICS else room) for point in points]
+
+
+def test_what_does_not_fit_is_told_beside_what_was_played() -> None:
+    whole = replace(cluster(), memory=10**12)
+    assert all(point.fits for point in curves(WORK, whole, candidate(2, 2, 2), [2, 4]))
+    lines = [re.split(" {2,}", line) for line in table(partly_fitting()).splitlines()]
+    said = {(line[0], line[-1]) for line in lines[1:]}
+    assert said == {("mics", "yes"), ("ZeRO-3", "NO"), ("ZeRO-3", "yes"), ("HSDP", "NO"), ("DDP", "NO")}
+    played = {line[0]: [each[1] for each in lines if each[0] == line[0]] for line in lines}
+    assert played["ZeRO-3"] == ["4, 4, 4", "8, 8, 8", "16, 16, 16"]
+    assert set(played["DDP"]) == {"1, 1, 1"}
+    assert set(played["HSDP"]) == {"2, 2, 2"}
+
+
+def test_curves_of_what_does_not_fit_are_grey_and_no_two_look_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    monkeypatch.setattr(curve_picture, "new_figure", lambda *_: figure)
+    curve_picture.draw(partly_fitting(), tmp_path / "weak.png", "a model on a cluster")
+    (axes,) = figure.axes
+    assert "a model on a cluster\npredicted, not measured" in axes.get_title(loc="left")
+    lines = {line.get_label().split(" ")[0]: line for line in axes.lines if not line.get_label().startswith("_")}
+    assert set(lines) == {"mics", "ZeRO-3", "HSDP", "DDP"}
+    assert {name for name, line in lines.items() if line.get_color() == curve_picture._GREY} == {"HSDP", "DDP"}
+    assert len({(line.get_linestyle(), line.get_marker(), line.get_markersize()) for line in lines.values()}) == 4
+    assert [isnan(speed) for speed in lines["ZeRO-3"].get_ydata()] == [True, False, False]
+    assert lines["ZeRO-3"].get_label().startswith("ZeRO-3 (W, W, W)\ndoes not fit on 2 nodes:")
+    assert lines["mics"].get_label() == "mics (4, 4, 4)"
 
 
 def test_curves_keep_a_ranks_work_or_everyones() -> None:
@@ -270,7 +310,7 @@ def test_curves_keep_a_ranks_work_or_everyones() -> None:
     assert {point.samples for point in strong} == {16}
     lines = table(strong).splitlines()
     assert len(lines) == 1 + 4 * 3
-    assert len({len(line) for line in lines}) == 1
+    assert max(map(len, lines)) <= 80
     with pytest.raises(ConfigError, match="cannot be shared evenly on 16"):
         curves(WORK, cluster(), candidate(2, 2, 2), [2, 16], Scaling.STRONG)
     with pytest.raises(ConfigError, match="in increasing order"):

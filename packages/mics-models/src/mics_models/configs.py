@@ -29,6 +29,24 @@ def _bert(layers: int, width: int, heads: int, *, vocab: int, next_sentence: boo
     )
 
 
+def _llama3(layers: int, width: int, heads: int, hidden: int) -> GPTConfig:
+    return GPTConfig(
+        vocab=128256,
+        context=8192,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=8,
+        hidden=hidden,
+        norm="rms",
+        positions="rotary",
+        mlp="swiglu",
+        bias=False,
+        tied=False,
+        rotary_base=500_000.0,
+    )
+
+
 GPTS: dict[str, GPTConfig] = {
     "byte-tiny": GPTConfig(
         vocab=256,
@@ -52,8 +70,11 @@ GPTS: dict[str, GPTConfig] = {
     "gpt-30b": _gpt2(48, 7168, 56, context=2048),
     "gpt-100b": _gpt2(80, 10240, 80, context=2048),
     "gpt-175b": _gpt2(96, 12288, 96, context=2048),
+    "llama3-8b": _llama3(32, 4096, 32, 14336),
+    "llama3-70b": _llama3(80, 8192, 64, 28672),
 }
-"""The GPTs by name. The larger ones are GPT-2 made wider and deeper, as the published comparisons are."""
+"""The GPTs by name. Those named gpt are GPT-2 made wider and deeper, as the published comparisons are; Llama 3 is
+that of 8192 tokens, for 3.1 scales its positions, which GPT cannot."""
 
 BERTS: dict[str, BERTConfig] = {
     "bert-tiny": BERTConfig(

@@ -1,4 +1,4 @@
-"""A plan in words: why a sharding lost, which one needs no MiCS, and what would be large enough."""
+"""A plan in words: what to do, and what would be large enough."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mics_core.planner.candidate import Candidate
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.columns import degrees
 from mics_core.planner.memory import memory
-from mics_core.planner.plan_table import Row
+from mics_core.planner.ways import Row
 from mics_core.planner.workload import Workload
 from mics_core.sharding import Precision, Sharding
 
@@ -15,53 +16,22 @@ MOST_NODES = 65536
 """Clusters up to this many nodes are looked at for one that would be large enough."""
 
 
-def reason(candidate: Candidate, winner: Row, cluster: Cluster, seconds: float, *, least: bool = False) -> str:
-    """Why a candidate that takes so many seconds was not chosen; `least` if these are only the least it takes."""
-    chosen, times = winner.candidate, seconds / winner.prediction.seconds
-    if times > 1.01:
-        return f"slower: {'at least ' if least else ''}{times:.2f}x, {_cause(candidate, chosen, cluster)}"
-    if _cuts_more(candidate, chosen):
-        return "it cuts more, and is no faster" if least else "it cuts more, and is as fast within 1 %"
-    if least:
-        return "not simulated: it sends more"
-    if candidate.recompute and not chosen.recompute:
-        return "as fast within 1 %, and recomputes"
-    return f"cuts less, and more than 1 % behind the fastest: {times:.3f}x of this"
-
-
-def _cuts_more(candidate: Candidate, chosen: Candidate) -> bool:
-    mine, theirs = candidate.sharding, chosen.sharding
-    return (mine.params, mine.grads, mine.optimizer) > (theirs.params, theirs.grads, theirs.optimizer)
-
-
-def _cause(candidate: Candidate, chosen: Candidate, cluster: Cluster) -> str:
-    node, mine, theirs = cluster.ranks_per_node, candidate.sharding, chosen.sharding
-    if mine.params > node and mine.params > theirs.params:
-        return "its gathers cross nodes in every micro-step"
-    if mine.grads > node and mine.grads > theirs.grads:
-        return "its gradients cross nodes in every micro-step"
-    if candidate.recompute and not chosen.recompute:
-        return "it fits only if forwards are computed twice"
-    if candidate.micro_steps > chosen.micro_steps:
-        return f"its memory leaves room for micro-batches of {candidate.micro_batch} alone"
-    if mine.params > theirs.params:
-        return "it gathers more inside nodes"
-    return "more of its transfers stay uncovered"
-
-
 def advise(rows: Sequence[Row], cluster: Cluster) -> str:
     """What to do, in a sentence."""
-    sharding = rows[0].candidate.sharding
-    degrees = f"({sharding.params}, {sharding.grads}, {sharding.optimizer})"
+    sharding, ranks = rows[0].candidate.sharding, cluster.ranks
+    call = f"Sharding({degrees(sharding)})"
+    known = {Sharding(1, 1, ranks): "ZeRO-1", Sharding(1, ranks, ranks): "ZeRO-2"}
+    named = f", which is {known[sharding]}" if sharding in known and ranks > 1 else ""
+    best = "nothing that fits is more than 1 % faster"
     if sharding == Sharding(1, 1, 1):
-        return "Do not use MiCS: DDP fits, and nothing is more than 1 % faster."
+        return f"Sharding is not needed: {call}, which is DDP, fits, and {best}."
+    if sharding.optimizer <= cluster.ranks_per_node < ranks:
+        return f"Sharding beyond the node is not needed: use {call}{named}; {best}."
     if sharding.params == 1:
-        name = "ZeRO-1" if sharding.grads == 1 else "ZeRO-2"
-        over = "" if sharding.optimizer == cluster.ranks else f" over {sharding.optimizer} ranks, {degrees},"
-        return f"Do not use MiCS: {name}{over} fits, and nothing is more than 1 % faster."
-    if sharding.params == cluster.ranks:
-        return "Cut everything over all ranks, as ZeRO-3 does, with gathers by the ladder."
-    return f"Use Sharding{degrees}: one copy of the parameters lies on {sharding.params} ranks."
+        return f"Use {call}{named}: every rank keeps whole parameters, and {best}."
+    if sharding.params == ranks:
+        return f"Use {call}: everything is cut over all ranks, as ZeRO-3 does, and gathered by the ladder."
+    return f"Use {call}: one copy of the parameters lies on {sharding.params} ranks."
 
 
 def cluster_that_fits(workload: Workload, cluster: Cluster, precision: Precision, recomputes: Sequence[bool]) -> str:

@@ -10,6 +10,7 @@ import torch
 from mics_core.errors import ConfigError
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster
+from mics_core.sharding import Precision
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import UnitWork
@@ -28,6 +29,17 @@ class Work:
     host: float  # that the computation waits for the host, in each direction
 
 
+def peak(cluster: Cluster, precision: Precision) -> float:
+    """FLOP/s of a rank's matrix products in the dtype of the work."""
+    name = _NAMES.get(precision.compute, str(precision.compute))
+    if name not in cluster.flops:
+        raise ConfigError(
+            f"cluster: {cluster.name} has no flops.{name}, which the precision computes in, only "
+            f"{', '.join(cluster.flops)}: add it to the cluster's file, or choose another precision"
+        )
+    return cluster.flops[name]
+
+
 class Arithmetic:
     """Seconds of computation, by a candidate on a cluster."""
 
@@ -35,13 +47,7 @@ class Arithmetic:
         self._candidate = candidate
         self._bandwidth = cluster.memory_bandwidth
         self._host = cluster.host.get(system.value, 0.0) / 2
-        name = _NAMES.get(candidate.precision.compute, str(candidate.precision.compute))
-        if name not in cluster.flops:
-            raise ConfigError(
-                f"cluster: {cluster.name} has no flops.{name}, which the precision computes in, only "
-                f"{', '.join(cluster.flops)}: add it to the cluster's file, or choose another precision"
-            )
-        self._speed = cluster.flops[name] * cluster.efficiency
+        self._speed = peak(cluster, candidate.precision) * cluster.efficiency
 
     def unit(self, unit: UnitWork, *, root: bool = False) -> Work:
         """Forward and backward; never faster than memory brings the weights."""

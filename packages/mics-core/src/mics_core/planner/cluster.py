@@ -17,6 +17,9 @@ from mics_core.planner.candidate import System
 
 Made = TypeVar("Made")
 
+MOST_RANKS = 1 << 26
+"""Counts of more are slips."""
+
 COLLECTIVES = ("gather", "reduce", "all-reduce")
 """What tables are of."""
 
@@ -73,6 +76,11 @@ class Cluster:
         for name in ("nodes", "ranks_per_node", "memory", "memory_bandwidth", "efficiency"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"Cluster: {name} is {getattr(self, name)}, expected more than 0: set it")
+        if self.ranks > MOST_RANKS:
+            raise ConfigError(
+                f"Cluster: {self.nodes} nodes of {self.ranks_per_node} ranks are {self.ranks} ranks, expected at most "
+                f"{MOST_RANKS}: take fewer nodes"
+            )
         if self.efficiency > 1:
             raise ConfigError(
                 f"Cluster: efficiency is {self.efficiency}, expected a share of the peak, at most 1: set it"
@@ -110,8 +118,10 @@ class Cluster:
         name, colon, count = text.rpartition(":")
         if not colon:
             name, count = text, ""
-        elif not count.isdecimal() or int(count) < 1:
-            raise ConfigError(f"cluster: got {text!r}, expected a number of nodes behind the colon, as in {name}:64")
+        elif not count.isdecimal() or len(count) > 9 or int(count) < 1:
+            raise ConfigError(
+                f"cluster: got {text[:60]!r}, expected a number of nodes behind the colon, as in {name}:64"
+            )
         if name.endswith(".toml"):
             cluster = cls.load(Path(name))
             return cluster.with_nodes(int(count)) if count else cluster
@@ -137,9 +147,13 @@ class Cluster:
             raise ConfigError(f"cluster: {path} is no TOML: {error}: repair it, or measure anew") from error
         return _Reader(str(path)).cluster(content)
 
+    def toml(self) -> str:
+        """What `save` writes."""
+        return _write(self)
+
     def save(self, path: Path | str) -> None:
         """Write a TOML file that `load` reads."""
-        Path(path).write_text(_write(self), "utf-8")
+        Path(path).write_text(self.toml(), "utf-8")
 
 
 @dataclass(frozen=True)
@@ -204,9 +218,9 @@ class _Reader:
     def _numbers(self, content: dict[str, Any], name: str, within: str) -> list[float]:
         given = self._get(content, name, list, within)
         for each in given:
-            if isinstance(each, bool) or not isinstance(each, int | float) or not each > 0:
+            if isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each < 1 << 63:
                 raise ConfigError(
-                    f"cluster: {self.path}: {within}{name} has {each!r}, expected numbers above 0: correct it"
+                    f"cluster: {self.path}: {within}{name} has {repr(each)[:40]}, expected numbers above 0: correct it"
                 )
         return [float(each) for each in given]
 
@@ -229,6 +243,8 @@ class _Reader:
                 "write the file"
             )
         value = content[name]
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ConfigError(f"cluster: {self.path}: {within}{name} has more than the 64 bits of TOML: correct it")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -1,28 +1,35 @@
-"""`mics plan`, `mics simulate` and `mics probe`: what they are told, and what they print."""
+"""`mics plan`, `mics simulate`, `mics cluster` and `mics probe`: what they are told, and what they print."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-from importlib import import_module
-from importlib.util import find_spec
+import os
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
-from mics_core.planner.workload import in_a_line
+from mics_core.planner.columns import WIDTH, aligned, digits
+from mics_core.planner.named_model import NamedModel
 from mics_core.sharding import Precision
 
 if TYPE_CHECKING:
     from mics_core.planner.plan_table import Plan
 
-NAMES = ("plan", "simulate", "probe")
+NAMES = ("plan", "simulate", "cluster", "probe")
 PRECISIONS = {"fp32": Precision.fp32(), "bf16": Precision.bf16(), "fp16": Precision.fp16()}
 RECOMPUTE = {"on": True, "off": False, "auto": None}
+
+
+_PLAYED = (
+    "All of it is predicted. Every row has the micro-batch of mics' plan for the fewest nodes; what does not fit is "
+    "played all the same, and its memory is counted as if mics ran these degrees. exposed: share of a step in which "
+    "computation waits for links. kept: of the speed of a rank on the fewest nodes."
+)
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +38,10 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     simulate = commands.add_parser("simulate", help="draw how a plan scales over nodes, beside ZeRO-3, HSDP and DDP")
     for parser in (plan, simulate):
         parser.add_argument(
-            "--model", required=True, metavar="MODULE:CALL", help="such as 'mics_models:gpt(\"gpt-100b\")'"
+            "--model",
+            required=True,
+            metavar="MODULE:CALL",
+            help="such as 'mics_models:gpt(\"gpt-100b\")'; or of a file in this folder: 'mymodel:Model(layers=80)'",
         )
         parser.add_argument(
             "--cluster", required=True, metavar="NAME:NODES", help="such as p4d.24xlarge:64, or cluster.toml:64"
@@ -45,12 +55,18 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         parser.add_argument("--seq", required=True, type=int, help="tokens of a sample")
         parser.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
         parser.add_argument("--recompute", choices=sorted(RECOMPUTE), default="auto", help="of units, in backwards")
-    plan.add_argument("--top", type=int, default=5, help="so many of the best are shown; default: 5")
+    plan.add_argument(
+        "--top",
+        type=int,
+        help="so many of those not chosen one by one, each with its reason; default: a row for each reason",
+    )
     simulate.add_argument("--nodes", required=True, help="such as 2,4,8,...,64")
     kind = simulate.add_mutually_exclusive_group()
     kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
     kind.add_argument("--strong", action="store_true", help="the batch stays")
-    simulate.add_argument("--out", type=Path, help="a PNG with the curves")
+    simulate.add_argument("--out", type=Path, help="a picture of the curves, such as curves.png")
+    cluster = commands.add_parser("cluster", help="list the clusters known by name, or print one as a TOML file")
+    cluster.add_argument("name", nargs="?", metavar="NAME:NODES", help="such as DGX-H100; > cluster.toml keeps it")
     probe = commands.add_parser("probe", help="measure this cluster, under torchrun, and write it down for `mics plan`")
     probe.add_argument("out", type=Path, help="such as cluster.toml; rank 0 writes it")
     probe.add_argument("--quick", action="store_true", help="fewer and smaller messages: seconds rather than minutes")
@@ -68,82 +84,72 @@ def run(given: argparse.Namespace) -> None:
                 torch.distributed.destroy_process_group()
     elif given.command == "simulate":
         _simulate(given)
+    elif given.command == "cluster":
+        print(_listed() if given.name is None else Cluster.parse(given.name).toml(), end="")
     else:
         _show(given)
 
 
 def _simulate(given: argparse.Namespace) -> None:
-    from mics_core.planner import scaling
+    from mics_core.planner import curve_picture, scaling
 
     nodes = counts(given.nodes)
+    if given.out is not None:
+        _check_picture(given.out)  # before minutes of work
     plan = _plan(given, Cluster.parse(given.cluster).with_nodes(nodes[0]))
     kind = scaling.Scaling.STRONG if given.strong else scaling.Scaling.WEAK
     points = scaling.curves(plan.workload, plan.cluster, plan.chosen, nodes, kind)
-    print(scaling.table(points))
+    title = (
+        f"{NamedModel.parse(given.model)} on {plan.cluster.name}, {given.precision}, "
+        f"micro-batch {plan.micro_batch}{', recomputed' if plan.recompute else ''}\n"
+        f"{given.global_batch:,} samples of {given.seq:,} tokens a step"
+        f"{'' if given.strong else f' on {nodes[0]} nodes, as many a rank on more'}"
+    )
+    print(f"{title}\n\n{scaling.table(points)}\n\n{fill(_PLAYED, _width())}")
     if given.out is not None:
-        try:
-            scaling.draw(points, given.out)
-        except OSError as error:
-            raise ConfigError(
-                f"--out is {given.out}, which cannot be written: {error.strerror}: name a file in a folder of yours"
-            ) from error
+        curve_picture.draw(points, given.out, title)
         print(given.out)
 
 
+def _listed() -> str:
+    from mics_core.planner import presets
+
+    rows: list[tuple[str, ...]] = [("name", "ranks a node", "GB a rank", "TFLOP/s", "GB/s inside", "between nodes")]
+    for known in presets.listed():
+        speed = max(known.flops.values())
+        numbers = (known.memory, speed / 1e3, known.intra.bandwidth, known.inter.bandwidth)
+        rows.append((known.name, str(known.ranks_per_node), *(digits(number / 1e9) for number in numbers)))
+    said = (
+        f"A name stands for one node, NAME:8 for 8. {presets.THIS!r} looks at this one, and `mics probe cluster.toml` "
+        "under torchrun measures yours. `mics cluster NAME` prints all numbers, and where each is from."
+    )
+    return f"{aligned(rows, (0,))}\n\n{fill(said, _width())}\n"
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".png" or path.is_dir():
+        raise ConfigError(f"--out is {str(path)!r}, expected a file whose name ends in .png: name one")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--out is {path}, which cannot be written: name a file in a folder of yours")
+
+
+def _width() -> int:
+    """Of the terminal."""
+    return max(40, get_terminal_size((WIDTH, 1)).columns)
+
+
 def _show(given: argparse.Namespace) -> None:
-    if given.top < 1:
-        raise ConfigError(f"--top is {given.top}, expected at least 1: so many rows are shown")
+    if given.top is not None and given.top < 1:
+        raise ConfigError(f"--top is {given.top}, expected at least 1: so many of those not chosen are shown")
     plan = _plan(given, Cluster.parse(given.cluster))
-    print(plan.table(given.top))
-    module, name, arguments = parse(given.model)
-    package = find_spec(module.partition(".")[0])
-    program = f"{module.partition('.')[0]}.pretrain"
+    print(plan.table(given.top, _width()))
     print()
-    if package and package.submodule_search_locations and find_spec(program) and arguments:
-        named = str(arguments[0]) if "-" in str(arguments[0]) else f"{name}-{arguments[0]}"
-        print(plan.command(f"-m {program} model.name={named}"))
+    if program := NamedModel.parse(given.model).program():
+        print(plan.command(program))
     else:
         print(plan.command())
         print(plan.call())
-
-
-def build(expression: str) -> nn.Module:
-    """The model that `module:call("...")` makes, on the meta device; its arguments are literals."""
-    module, name, arguments = parse(expression)
-    try:
-        make = getattr(import_module(module), name)
-    except Exception as error:  # of the user's module, so of any kind
-        raise ConfigError(
-            f"--model {expression} names {name} of {module}, which cannot be imported: {in_a_line(error)}: name a "
-            "function or class of an installed module"
-        ) from error
-    try:
-        with torch.device("meta"):
-            model = make(*arguments)
-    except Exception as error:
-        raise ConfigError(f"--model {expression} failed: {in_a_line(error)}: correct its arguments") from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"--model {expression} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds "
-            "the model"
-        )
-    return model
-
-
-def parse(expression: str) -> tuple[str, str, list[object]]:
-    """The module, the name and the arguments of `module:name(literal, ...)`. Nothing is evaluated."""
-    module, colon, call = expression.partition(":")
-    try:
-        node = ast.parse(call.strip(), mode="eval").body
-        node = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not colon or not module or not isinstance(node.func, ast.Name) or node.keywords:
-            raise ValueError
-        return module, node.func.id, [ast.literal_eval(argument) for argument in node.args]
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(
-            f"--model is {expression!r}, expected a module and a call with literals, as in "
-            "'mics_models:gpt(\"gpt-100b\")': quote it for the shell"
-        ) from error
 
 
 def counts(text: str) -> list[int]:
@@ -173,7 +179,7 @@ def _plan(given: argparse.Namespace, cluster: Cluster) -> Plan:
     from mics_core.planner.search import plan
 
     return plan(
-        build(given.model),
+        NamedModel.parse(given.model).build(),
         cluster,
         global_batch=given.global_batch,
         seq=given.seq,

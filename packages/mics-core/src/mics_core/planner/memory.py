@@ -25,10 +25,13 @@ class Memory:
         """The peak."""
         return self.at_rest + self.gathered + self.buffers + self.activations
 
-    def __str__(self) -> str:
+    def parts(self) -> str:
+        """What the total adds up, in GB."""
         parts = (("at rest", self.at_rest), ("gathered", self.gathered), ("buffers", self.buffers))
-        listed = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in (*parts, ("activations", self.activations)))
-        return f"{self.total / 1e9:.2f} GB ({listed})"
+        return ", ".join(f"{name} {count / 1e9:.2f}" for name, count in (*parts, ("activations", self.activations)))
+
+    def __str__(self) -> str:
+        return f"{self.total / 1e9:.2f} GB ({self.parts()})"
 
 
 def memory(workload: Workload, candidate: Candidate, cluster: Cluster) -> Memory:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 import torch
 
+from mics_core.planner.arithmetic import peak
 from mics_core.planner.candidate import Candidate
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.columns import WIDTH, aligned, degrees, digits, duration, gigabytes, hanging, unit_of
 from mics_core.planner.memory import Memory
 from mics_core.planner.simulator import Prediction
+from mics_core.planner.ways import AS_FAST, Loser, Row, summed_up
 from mics_core.planner.workload import Workload
 from mics_core.sharding import Precision, Sharding
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A way to train that fits, and what it takes."""
+NARROW = 72
+"""Columns of a terminal below which what is exposed is told of the choice alone."""
 
-    candidate: Candidate
-    prediction: Prediction
-    memory: Memory
-
-
-@dataclass(frozen=True)
-class Loser:
-    """A way to train that was not chosen, and why."""
-
-    candidate: Candidate
-    reason: str
+_LEGEND = (
+    "All of it is predicted. leanest: least memory of those as fast within 1 %. DDP, HSDP, ZeRO-3: mics with their "
+    "degrees; `mics simulate` plays these systems themselves. >=: not simulated, but it takes at least so long."
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The way to train that was found, first in `best`, and what it was chosen from."""
 
@@ -84,22 +79,35 @@ class Plan:
         """Of the choice."""
         return self.best[0].memory
 
-    def table(self, top: int = 5) -> str:
-        """The best few with time and memory, the losers with reasons, and the advice."""
-        head = ("P, G, O", "micro-batch", "micro-steps", "recompute", "ahead", "reduce", "s/step", "exposed s")
-        rows = [(*head, "TFLOP/s", "GB", "of GB"), *(self._cells(row) for row in self.best[:top])]
-        shown = {row.candidate.sharding for row in self.best[:top]}
-        others = [loser for loser in self.losers if loser.candidate.sharding not in shown]
-        lost = [(_degrees(loser.candidate.sharding), loser.reason) for loser in others[: 2 * top]]
-        more = [f"and {len(others) - len(lost)} more"] if len(others) > len(lost) else []
-        parts = [f"{self.cluster.name}: {self.cluster.nodes} nodes of {self.cluster.ranks_per_node}", _aligned(rows)]
-        if lost:
-            parts += ["", "Not chosen:", _aligned(lost), *more]
-        return "\n".join([*parts, "", self.advice])
+    def table(self, top: int | None = None, width: int = WIDTH) -> str:
+        """The choice, beside the fastest, the leanest, DDP, HSDP and ZeRO-3; why all others lost; the advice.
+
+        top: so many of the others one by one, the best first, in place of a row for each reason.
+        width: of the terminal. Sentences are wrapped; columns fit into 60 where degrees have up to two digits.
+        """
+        if top is None:
+            reasons, title = summed_up(self.losers), f"Not chosen, by reason, of {1 + len(self.losers)} shardings:"
+        else:
+            reasons = [(degrees(loser.candidate.sharding), loser.reason) for loser in self.losers[:top]]
+            title = f"Not chosen, {len(reasons)} of {len(self.losers)}, the best first:"
+        lost = ["", title, hanging(reasons, width)] if reasons else []
+        said = [fill(sentence, width) for sentence in (_LEGEND, *self._guesses())]
+        parts = [self._heading(width), "", self._ways(width), "", *said, *lost]
+        return "\n".join([*parts, "", fill(self.advice, width)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.sharding}, micro_batch={self.micro_batch}, micro_steps={self.micro_steps}, "
+            f"recompute={self.recompute}, {duration(self.prediction.seconds)} a step, "
+            f"{gigabytes(self.memory.total)} GB of a rank on {self.cluster.name}:{self.cluster.nodes})"
+        )
 
     def call(self) -> str:
         """The call of `mics.shard` in a program."""
-        p, g, o = _triple(self.sharding)
+        p, g, o = self.sharding.params, self.sharding.grads, self.sharding.optimizer
         ahead = self.chosen.prefetch_units
         prefetch = "" if ahead == 1 else f", prefetch_bytes={ahead * _largest(self.workload, self.precision)}"
         return f"mics.shard(model, mics.Sharding({p}, {g}, {o}), precision={_precision(self.precision)}{prefetch})"
@@ -114,7 +122,7 @@ class Plan:
         line = f"torchrun {among}--nproc-per-node {ranks} {program}"
         if "mics_models.pretrain" not in program:
             return line
-        p, g, o = _triple(self.sharding)
+        p, g, o = self.sharding.params, self.sharding.grads, self.sharding.optimizer
         samples = self.micro_batch * self.micro_steps * self.cluster.ranks
         settings = {
             "sharding.params": p,
@@ -131,21 +139,84 @@ class Plan:
             settings["sharding.prefetch_mb"] = -(-ahead // 10**6)
         return " ".join([line, *(f"{key}={value}" for key, value in settings.items())])
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
-        candidate, prediction = row.candidate, row.prediction
-        return (
-            _degrees(candidate.sharding),
-            str(candidate.micro_batch),
-            str(candidate.micro_steps),
-            "yes" if candidate.recompute else "no",
-            str(candidate.prefetch_units),
-            _SHORT.get(candidate.precision.reduce, str(candidate.precision.reduce)),
-            f"{prediction.seconds:.3g}",
-            f"{prediction.exposed:.2g}",
-            f"{prediction.tflops:.1f}",
-            f"{row.memory.total / 1e9:.1f}",
-            f"{self.cluster.memory / 1e9:.1f}",
+    def _heading(self, width: int) -> str:
+        cluster, told, chosen, tokens = self.cluster, self.prediction, self.chosen, self.workload.tokens_per_sample
+        samples = chosen.micro_batch * chosen.micro_steps * cluster.ranks
+        lines = (
+            ("cluster", f"{cluster.name}, {cluster.nodes} nodes of {cluster.ranks_per_node} ranks"),
+            ("model", f"{self.workload.parameters:,} parameters"),
+            ("samples", f"{samples:,} a step, of {tokens:,} tokens"),
+            ("sharding", f"P, G, O = {degrees(chosen.sharding)} pieces of parameters, gradients, optimizer state"),
+            ("batch", f"{_batch(chosen)}: samples of a rank in a micro-step, times micro-steps"),
+            ("recompute", "yes: units' forwards again in backwards" if chosen.recompute else "no"),
+            ("ahead", f"{chosen.prefetch_units} x the largest unit's bytes, gathered before they are used"),
+            ("reduce", f"{_short(chosen.precision.reduce)}: gradients travel in it"),
+            (
+                "step",
+                f"{duration(told.seconds)}, of which {duration(told.exposed)} exposed: computation waits for links",
+            ),
+            ("speed", f"{digits(samples * tokens / told.seconds)} tokens/s; {told.tflops:.1f} TFLOP/s a rank"),
+            ("MFU", f"{100 * told.tflops * 1e12 / peak(cluster, chosen.precision):.1f} % of the peak"),
+            (
+                "memory",
+                f"{gigabytes(self.memory.total)} of {gigabytes(cluster.memory)} GB a rank: {self.memory.parts()}",
+            ),
         )
+        return hanging(lines, width)
+
+    def _ways(self, width: int) -> str:
+        """A row for each sharding with a name."""
+        named, called = self._named(), ["name"]
+        simulated = {row.candidate.sharding: row for row in reversed(self.best)}
+        lost = {loser.candidate.sharding: loser for loser in self.losers}
+        unit, many = unit_of(row.prediction.seconds for row in self.best)
+        rows: list[tuple[str, ...]] = [("P, G, O", "batch", "recompute", f"{unit}/step", "exposed", "GB")]
+        for sharding, names in named.items():
+            row = simulated.get(sharding) or lost[sharding]
+            candidate, time, exposed = row.candidate, "-", "-"
+            if isinstance(row, Row):
+                time = digits(many * row.prediction.seconds)
+                exposed = f"{100 * row.prediction.exposed / row.prediction.seconds:.1f} %"
+            elif row.seconds is None:
+                time = "too big"
+            else:
+                time = f">= {digits(many * row.seconds)}"
+            again = "yes" if candidate.recompute else "no"
+            rows.append((degrees(sharding), _batch(candidate), again, time, exposed, gigabytes(row.memory.total)))
+            called.append(", ".join(names))
+        if width < NARROW:
+            rows = [(*row[:4], row[5]) for row in rows]
+        return hanging(list(zip(aligned(rows, (0, 1, 2)).splitlines(), called, strict=True)), width)
+
+    def _named(self) -> dict[Sharding, list[str]]:
+        """What each sharding of the table is called, the choice first."""
+        fastest = min(self.best, key=lambda row: row.prediction.seconds)
+        if digits(fastest.prediction.seconds) == digits(self.prediction.seconds):
+            fastest = self.best[0]
+        near = [row for row in self.best if row.prediction.seconds <= AS_FAST * fastest.prediction.seconds]
+        leanest = min(near, key=lambda row: row.memory.total)
+        node, ranks = self.cluster.ranks_per_node, self.cluster.ranks
+        named: dict[Sharding, list[str]] = {}
+        for name, sharding in (
+            ("chosen", self.sharding),
+            ("fastest", fastest.candidate.sharding),
+            ("leanest", leanest.candidate.sharding),
+            ("DDP", Sharding(1, 1, 1)),
+            ("HSDP", Sharding(node, node, node)),
+            ("ZeRO-3", Sharding(ranks, ranks, ranks)),
+        ):
+            if name != "HSDP" or 1 < node < ranks:
+                named.setdefault(sharding, []).append(name)
+        return named
+
+    def _guesses(self) -> list[str]:
+        guessed = [name for name, source in self.cluster.sources.items() if "a guess" in source]
+        named = [f"efficiency ({self.cluster.efficiency} of the peak)" if n == "efficiency" else n for n in guessed]
+        return [f"Times are no better than what is guessed of this cluster: {', '.join(named)}."] if named else []
+
+
+def _batch(candidate: Candidate) -> str:
+    return f"{candidate.micro_batch}x{candidate.micro_steps}"
 
 
 def _largest(workload: Workload, precision: Precision) -> int:
@@ -161,14 +232,5 @@ def _precision(precision: Precision) -> str:
     return f"mics.Precision({precision.compute}, {precision.reduce}, {precision.master})"
 
 
-def _triple(sharding: Sharding) -> tuple[int, int, int]:
-    return sharding.params, sharding.grads, sharding.optimizer
-
-
-def _degrees(sharding: Sharding) -> str:
-    return ", ".join(map(str, _triple(sharding)))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+def _short(dtype: torch.dtype) -> str:
+    return _SHORT.get(dtype, str(dtype))

@@ -39,6 +39,11 @@ def find(name: str) -> Cluster:
     return _KNOWN[name]()
 
 
+def listed() -> list[Cluster]:
+    """One node of each kind that needs no look at this machine."""
+    return [make() for make in _KNOWN.values()]
+
+
 def _p3dn() -> Cluster:
     return Cluster(
         name="p3dn.24xlarge",

@@ -2,7 +2,7 @@
 
 points = curves(workload, cluster, candidate, [2, 4, 8, 16], Scaling.WEAK)
 print(table(points))
-draw(points, "weak.png")
+curve_picture.draw(points, "weak.png", "gpt-100b on p4d.24xlarge")
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mics_core.errors import ConfigError
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.columns import aligned, degrees, digits, gigabytes, unit_of
+from mics_core.planner.memory import memory
 from mics_core.planner.simulator import Prediction, simulate
-from mics_core.planner.timeline import new_figure
 from mics_core.sharding import Sharding
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
 
 SYSTEMS = (System.MICS, System.ZERO3, System.HSDP, System.DDP)
-_COLOURS = {System.MICS: "#1b6ca8", System.ZERO3: "#d1495b", System.HSDP: "#e9b44c", System.DDP: "#9aa5b1"}
 
 
 class Scaling(Enum):
@@ -44,6 +43,14 @@ class Point:
     samples: int  # of all ranks in a step
     prediction: Prediction
     kept: float  # of the samples a second and rank on the fewest nodes
+    sharding: Sharding  # that was played
+    memory: int  # bytes of a rank that it needs, counted as if mics ran these degrees
+    available: int  # bytes that a rank has
+
+    @property
+    def fits(self) -> bool:
+        """Whether it could run at all."""
+        return self.memory <= self.available
 
 
 def peer(candidate: Candidate, system: System, cluster: Cluster) -> Candidate:
@@ -63,7 +70,7 @@ def curves(
     scaling: Scaling = Scaling.WEAK,
     systems: Sequence[System] = SYSTEMS,
 ) -> list[Point]:
-    """Predict every system on every number of nodes, as if memory were no limit: `memory` says what fits.
+    """Predict every system on every number of nodes, what does not fit, too: `Point.fits` says so.
 
     The candidate is meant for the fewest nodes. `WORLD` (-1) in its sharding stands for all ranks of each cluster. With
     strong scaling it takes fewer micro-steps on more nodes, and then smaller micro-batches.
@@ -80,9 +87,11 @@ def curves(
                 local = replace(local, sharding=local.sharding.resolve(grown.ranks))
             except ConfigError as error:
                 raise ConfigError(f"simulate: on {count} nodes: {error}, or numbers of nodes that it fits") from error
-            prediction = simulate(workload, grown, peer(local, system, grown), system)
-            each = local.micro_batch * local.micro_steps
-            point = Point(system, count, grown.ranks, each * grown.ranks, prediction, 1.0)
+            played = peer(local, system, grown)
+            prediction = simulate(workload, grown, played, system)
+            samples = local.micro_batch * local.micro_steps * grown.ranks
+            needed = memory(workload, played, grown).total
+            point = Point(system, count, grown.ranks, samples, prediction, 1.0, played.sharding, needed, grown.memory)
             if first is None:
                 first = point
             point = replace(point, kept=_rate(point) / _rate(first))
@@ -91,48 +100,26 @@ def curves(
 
 
 def table(points: Sequence[Point]) -> str:
-    """Seconds, TFLOP/s and what is kept, a row for each point."""
-    rows = [("", "nodes", "ranks", "samples", "s per step", "exposed", "TFLOP/s a rank", "kept")]
+    """What was played, how fast it is and whether it fits, a row for each point."""
+    unit, many = unit_of(point.prediction.seconds for point in points)
+    there = f"GB of {gigabytes(points[0].available)}"
+    rows = [("", "P, G, O", "nodes", f"{unit}/step", "exposed", "TFLOP/s", "kept", there, "fits")]
     for point in points:
         told = point.prediction
         rows.append(
             (
                 point.system.value,
+                degrees(point.sharding),
                 str(point.nodes),
-                str(point.ranks),
-                str(point.samples),
-                f"{told.seconds:.3f}",
+                digits(many * told.seconds),
                 f"{100 * told.exposed / told.seconds:.1f} %",
                 f"{told.tflops:.1f}",
                 f"{100 * point.kept:.1f} %",
+                gigabytes(point.memory),
+                "yes" if point.fits else "NO",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
-def draw(points: Sequence[Point], path: Path | str) -> None:
-    """Draw how much of its speed each system keeps; needs matplotlib."""
-    figure = new_figure(6, 3.6)
-    axes = figure.add_subplot()
-    for system in dict.fromkeys(point.system for point in points):
-        mine = [point for point in points if point.system is system]
-        ranks = [point.ranks for point in mine]
-        speeds = [point.prediction.tflops for point in mine]
-        axes.plot(ranks, speeds, marker="o", label=system.value, color=_COLOURS.get(system))
-    axes.set_xscale("log", base=2)
-    ticks = sorted({point.ranks for point in points})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("ranks")
-    axes.set_ylabel("TFLOP/s of the model, a rank")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    return aligned(rows, (0, 1, 8))
 
 
 def _shared(candidate: Candidate, fewest: int, nodes: int) -> Candidate:

@@ -11,23 +11,24 @@ from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.ledger import UnitSize
-from mics_core.planner.advice import advise, cluster_that_fits, reason
+from mics_core.planner.advice import advise, cluster_that_fits
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System, shardings
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.memory import Memory, formula_of, memory
-from mics_core.planner.plan_table import Loser, Plan, Row
+from mics_core.planner.plan_table import Plan
 from mics_core.planner.simulator import simulate
+from mics_core.planner.ways import AS_FAST, Row, loser, preference, too_large
 from mics_core.planner.workload import Sample, Workload, trace
 from mics_core.sharding import Precision, Sharding
 from mics_core.topology import Link, Topology
 from mics_core.units import UnitRule
 
+MOST = 1 << 40
+"""Samples of a step, or tokens of a sample: products of them stay numbers that tensors can have."""
+
 SIMULATED = 10
 """So many of the most promising shardings are simulated; the rest is known by what it must compute and send."""
-
-AS_FAST = 1.01
-"""A simpler sharding is preferred if a step takes at most so many times as long."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def plan(
         alone, and changing that changes the training's rounding, so by default there is one.
     recompute: whether units' forwards are computed again in backwards; None chooses. It is the model's part to do it.
 
-    Among shardings that take the same time within 1 % the one that cuts least is chosen. Raises a ConfigError that
-    says the least that would do if nothing fits.
+    Among shardings that take the same time within 1 % one is chosen that leaves 5 % of the memory free, then one that
+    cuts nothing over a part of a node, then the one that cuts least. Raises a ConfigError that says the least that
+    would do if nothing fits.
     """
     precisions = _precisions(precision)
     if isinstance(model, Workload):
@@ -75,14 +77,13 @@ def plan(
         if found:
             fitting.append(min(found, key=lambda each: (each.estimate, each.candidate.recompute)))
         else:
-            said = f"does not fit: {least[1].total / 1e9:.1f} of {cluster.memory / 1e9:.1f} GB"
-            losers.append(Loser(least[0], said))
+            losers.append(too_large(*least, cluster))
     if not fitting:
         raise ConfigError(cluster_that_fits(workload, cluster, precisions[0], recomputes))
     rows, rest = _simulated(workload, cluster, fitting, precisions)
     winner = rows[0]
-    slower = [Loser(row.candidate, reason(row.candidate, winner, cluster, row.prediction.seconds)) for row in rows[1:]]
-    unseen = [Loser(each.candidate, reason(each.candidate, winner, cluster, each.bound, least=True)) for each in rest]
+    slower = [loser(row.candidate, row.memory, winner, cluster, row.prediction.seconds) for row in rows[1:]]
+    unseen = [loser(each.candidate, each.memory, winner, cluster, each.bound, least=True) for each in rest]
     return Plan(workload, cluster, tuple(rows), (*slower, *unseen, *losers), advise(rows, cluster))
 
 
@@ -96,8 +97,10 @@ def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
             f"plan: {type(model).__name__} takes {list(names)}, expected tokens (or input_ids) and targets (or "
             "labels): pass what it is called with as mics.plan(sample=...)"
         )
-    if seq is None or seq < 1:
-        raise ConfigError(f"plan: seq is {seq}, expected the tokens of a sample: pass seq=..., or sample=...")
+    if seq is None or not 1 <= seq <= MOST:
+        raise ConfigError(
+            f"plan: seq is {seq}, expected the tokens of a sample, 1 to {MOST}: pass seq=..., or sample=..."
+        )
     row = torch.empty(1, seq, dtype=torch.int64, device="meta")
     return {tokens: row, targets: row}
 
@@ -113,11 +116,11 @@ def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[P
 
 
 def _share(global_batch: int, cluster: Cluster) -> int:
-    if global_batch < 1 or global_batch % cluster.ranks:
-        near = max(1, round(global_batch / cluster.ranks)) * cluster.ranks
+    if not 1 <= global_batch <= MOST or global_batch % cluster.ranks:
+        near = max(1, (min(global_batch, MOST) + cluster.ranks // 2) // cluster.ranks) * cluster.ranks
         raise ConfigError(
             f"plan: global_batch is {global_batch}, expected a multiple of the {cluster.ranks} ranks, so that each has "
-            f"equally many samples: take {near}, for example"
+            f"equally many samples, and at most {MOST}: take {near}, for example"
         )
     return global_batch // cluster.ranks
 
@@ -191,7 +194,8 @@ def _simulated(
         rows.append(Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory))
         best = min(best, rows[-1].prediction.seconds)
     rows.sort(key=lambda row: row.prediction.seconds)
-    chosen = min((row for row in rows if row.prediction.seconds <= AS_FAST * best), key=_simplicity)
+    near = (row for row in rows if row.prediction.seconds <= AS_FAST * best)
+    chosen = min(near, key=lambda row: preference(row.candidate, row.memory, cluster))
     varied = [chosen]
     for prefetch in (chosen.candidate.prefetch_units, 2) if chosen.candidate.sharding.params > 1 else (1,):
         for precision in precisions:
@@ -203,8 +207,3 @@ def _simulated(
     if fastest.prediction.seconds * AS_FAST >= chosen.prediction.seconds:
         fastest = chosen
     return [fastest, *(row for row in rows if row is not chosen)], rest
-
-
-def _simplicity(row: Row) -> tuple[int, bool, int, int]:
-    sharding = row.candidate.sharding
-    return sharding.params, row.candidate.recompute, sharding.grads, sharding.optimizer

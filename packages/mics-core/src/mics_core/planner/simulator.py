@@ -6,7 +6,7 @@ All ranks do the same at the same time, so one stands for all: 16,384 ranks cost
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mics_core.errors import ConfigError
@@ -50,7 +50,7 @@ class Prediction:
     exposed: float  # seconds that it stood still for links
     tflops: float  # of the model, per rank: without what is computed again
     performed: float  # the same with it, as published figures often count
-    events: tuple[Event, ...]  # of a step with at most 4 micro-steps
+    events: tuple[Event, ...] = field(repr=False)  # of a step with at most 4 micro-steps; thousands
 
 
 def simulate(workload: Workload, cluster: Cluster, candidate: Candidate, system: System = System.MICS) -> Prediction:
