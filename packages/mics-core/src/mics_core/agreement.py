@@ -77,7 +77,7 @@ def _checked_units(
 ) -> list[Unit]:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"shard: the model is {model!r}, expected a torch.nn.Module")
-    if ranks_per_node is not None and not isinstance(ranks_per_node, int):
+    if ranks_per_node is not None and type(ranks_per_node) is not int:  # True is one, too
         raise ConfigError(f"shard: ranks_per_node is {ranks_per_node!r}, expected a number of ranks, or None")
     if not isinstance(sharding, Sharding):
         raise ConfigError(
@@ -85,7 +85,7 @@ def _checked_units(
         )
     if not isinstance(precision, Precision):
         raise ConfigError(f"shard: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
-    if prefetch_bytes is not None and not (isinstance(prefetch_bytes, int) and prefetch_bytes >= 0):
+    if prefetch_bytes is not None and (type(prefetch_bytes) is not int or prefetch_bytes < 0):
         raise ConfigError(f"shard: prefetch_bytes is {prefetch_bytes!r}, expected a number of bytes")
     if registry.owners(model.parameters()) or any(registry.is_sharded(module) for module in model.modules()):
         raise ConfigError(f"shard: this {type(model).__name__} is sharded already, or a part of it: shard it once")

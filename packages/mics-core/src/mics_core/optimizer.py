@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Real
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
-            group["betas"] = tuple(group["betas"])
+            if isinstance(group["betas"], list):
+                group["betas"] = tuple(group["betas"])
             _check_settings(group)
         owners = registry.owners(parameter for group in self.param_groups for parameter in group["params"])
         if len(owners) != 1:
@@ -114,6 +116,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # schedules change them
+            _check_settings(group)
         runtime = self._runtime
         present = runtime.settle("step")
         clip, skip = runtime.pending(present)
@@ -216,10 +220,12 @@ class AdamW(torch.optim.Optimizer):
 def _check_settings(group: Mapping[str, Any]) -> None:
     """Raise unless an update with these numbers is one."""
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ConfigError(f"AdamW: {name} is {group[name]}, expected a finite number from 0 up")
+        number = group[name]
+        if not (isinstance(number, Real | torch.Tensor) and 0 <= float(number) < math.inf):
+            raise ConfigError(f"AdamW: {name} is {number}, expected a finite number from 0 up")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    numbers = betas if isinstance(betas, tuple) else ()
+    if len(numbers) != 2 or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in numbers):
         raise ConfigError(f"AdamW: betas are {betas}, expected two numbers from 0 to below 1")
 
 

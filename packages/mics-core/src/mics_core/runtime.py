@@ -63,7 +63,7 @@ def shard(
     """
     world = comm.World(group)
     precision = precision or Precision.fp32()
-    if sharding == "auto":
+    if sharding == "auto" and isinstance(model, nn.Module):
         sharding = automatic.choose(model, units, precision, ranks_per_node, prefetch_bytes, world)
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)
     initialise.make_equal(model, world)
