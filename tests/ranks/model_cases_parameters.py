@@ -64,6 +64,24 @@ class Unseen(Chain):
         return super().forward(x) * self.scale + self.empty.sum()
 
 
+class PenalisedBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.norm, self.rise, self.fall)
+        self.penalty = sum(layer.weight.norm() + layer.bias.abs().sum() for layer in layers)
+        return super().forward(x)
+
+
+class Penalised(Chain):
+    """a penalty on weights in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([PenalisedBlock() for _ in range(3)])
+
+    def loss(self, batch: Tensor, step: int) -> Tensor:
+        return super().loss(batch, step) + 0.1 * sum(block.penalty for block in self.blocks)
+
+
 # ---- tied weights
 
 

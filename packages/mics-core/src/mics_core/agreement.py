@@ -12,6 +12,7 @@ from mics_core import comm, registry
 from mics_core.errors import ConfigError
 from mics_core.initialise import check_meta
 from mics_core.sharding import Precision, Sharding
+from mics_core.slices import has_hook
 from mics_core.topology import Rungs, Topology
 from mics_core.units import Unit, UnitRule, find
 
@@ -109,6 +110,11 @@ def _checked_units(
                 raise ConfigError(
                     f"shard: {member.name} is {member.parameter.dtype}, expected floating point: make it a buffer, "
                     "which every rank keeps whole"
+                )
+            if has_hook(member.parameter):
+                raise ConfigError(
+                    f"shard: {member.name} has a hook that waits for its gradient, which no rank will hold whole: "
+                    "remove the hook, and read or change p.grad after mics.clip_grad_norm_"
                 )
     return units
 
