@@ -1,8 +1,11 @@
 """What users may do with the slices that parameters of a sharded model are, and what is refused."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mics_core as mics
 
@@ -18,6 +21,39 @@ def sharded() -> nn.Module:
 
 def backward(model: nn.Module) -> None:
     model(torch.ones(2, 6)).square().sum().backward()
+
+
+def by_dimensions(model: nn.Module, dimensions: Callable[[Tensor], int]) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if dimensions(p) > 1]
+    return [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+
+
+def test_a_slice_knows_the_shape_of_its_parameter() -> None:
+    model, whole = sharded(), plain()
+    shapes = [p.shape for p in whole.parameters()]
+    assert [mics.shape_of(p) for p in model.parameters()] == shapes
+    assert [mics.shape_of(p) for p in whole.parameters()] == shapes
+    with mics.full_params(model):
+        assert [mics.shape_of(p) for p in model.parameters()] == shapes
+
+
+@pytest.mark.parametrize("kind", [mics.AdamW, torch.optim.AdamW, torch.optim.SGD])
+def test_groups_sorted_by_the_dimensions_of_slices_are_refused(kind: type[torch.optim.Optimizer]) -> None:
+    model = sharded()
+    backward(model)
+    with pytest.raises(mics.ConfigError, match=r"matrices are in one that does not: .*len\(mics\.shape_of\(p\)\)"):
+        kind(by_dimensions(model, Tensor.dim)).step()
+
+
+@pytest.mark.parametrize("kind", [mics.AdamW, torch.optim.AdamW])
+def test_an_empty_group_is_no_mistake_where_matrices_decay(kind: type[torch.optim.Optimizer]) -> None:
+    model = sharded()
+    backward(model)
+    kind([{"params": list(model.parameters())}, {"params": [], "weight_decay": 0.0}]).step()
+    kind([{"params": list(model.parameters()), "weight_decay": 0.0}, {"params": [], "weight_decay": 0.0}]).step()
 
 
 @pytest.mark.parametrize("name", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -36,3 +72,11 @@ def test_a_penalty_on_slices_is_refused() -> None:
     model = sharded()
     with pytest.raises(mics.LifecycleError, match="compute the penalty in the forward of the module that holds it"):
         (model(torch.ones(2, 6)).sum() + sum(p.square().sum() for p in model.parameters())).backward()
+
+
+@pytest.mark.parametrize("name", ["Shampoo", "SingleDeviceMuon", "LAMB"])
+def test_optimizers_that_look_at_whole_tensors_are_refused_by_name(name: str) -> None:
+    model = sharded()
+    backward(model)
+    with pytest.raises(mics.ConfigError, match=f"step: {name} looks at whole tensors"):
+        type(name, (torch.optim.SGD,), {})(model.parameters(), lr=0.1).step()

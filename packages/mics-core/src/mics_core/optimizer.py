@@ -17,6 +17,7 @@ import torch
 from mics_core import registry
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.reduce import Reduced
+from mics_core.slices import check_decay
 from mics_kernels import Segments, adamw
 
 
@@ -76,6 +77,7 @@ class AdamW(torch.optim.Optimizer):
             if isinstance(group["betas"], list):
                 group["betas"] = tuple(group["betas"])
             _check_settings(group)
+        check_decay(self)
         owners = registry.owners(parameter for group in self.param_groups for parameter in group["params"])
         if len(owners) != 1:
             raise ConfigError(

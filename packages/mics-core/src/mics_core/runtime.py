@@ -46,8 +46,8 @@ def shard(
     """Cut the model's parameters, gradients and optimizer state as `sharding` says, in place; returns the same module.
 
     Call it on every rank, before the optimizer is made. Afterwards `named_parameters()` gives the same names, each a
-    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, must be
-    decided before, or by name. Train as usual: gradients average over ranks and add over micro-steps.
+    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, must ask
+    `mics.shape_of`. Train as usual: gradients average over ranks and add over micro-steps.
 
     sharding: "auto" takes what cuts least of all shardings whose state, gathered units and buffers fit in 60 % of a
         rank's memory. The rest is for activations, which it does not know: `mics.plan` does, and knows links, too.
