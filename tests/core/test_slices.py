@@ -1,6 +1,7 @@
 """What users may do with the slices that parameters of a sharded model are, and what is refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +81,22 @@ def test_optimizers_that_look_at_whole_tensors_are_refused_by_name(name: str) ->
     backward(model)
     with pytest.raises(mics.ConfigError, match=f"step: {name} looks at whole tensors"):
         type(name, (torch.optim.SGD,), {})(model.parameters(), lr=0.1).step()
+
+
+def test_a_state_dict_of_slices_warns_once_and_can_be_loaded_again() -> None:
+    model = sharded()
+    with pytest.warns(UserWarning, match="state_dict: it holds this rank's 1-D slices"):
+        state = {name: tensor.clone() for name, tensor in model[2].state_dict().items()}  # type: ignore[operator]
+    with torch.no_grad():
+        model[2].weight.zero_()  # type: ignore[operator, union-attr]
+    model[2].load_state_dict(state)  # type: ignore[operator]
+    assert all(torch.equal(model.state_dict()[f"2.{name}"], tensor) for name, tensor in state.items())
+
+
+def test_a_state_dict_of_whole_parameters_does_not_warn(tmp_path: Path) -> None:
+    model = sharded()
+    with mics.full_params(model):
+        torch.save(model.state_dict(), tmp_path / "whole.pt")
+    mics.save(tmp_path / "checkpoint", model, None)
+    mics.load(tmp_path / "checkpoint", model, None)
+    plain().load_state_dict(torch.load(tmp_path / "whole.pt"))

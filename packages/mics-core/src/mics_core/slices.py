@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,15 @@ def check_hooks(name: str, parameter: nn.Parameter) -> None:
             f"{name}: a hook waits for its gradient and would never be called, as gradients of slices do not come "
             "through autograd: read or change p.grad after mics.clip_grad_norm_"
         )
+
+
+def warn_of_state_dict() -> None:
+    """Say what a state dict holds, for whoever wants to write it to a file."""
+    warnings.warn(
+        "state_dict: it holds this rank's 1-D slices, which no other rank and no plain model can load: take it inside "
+        "mics.full_params for whole weights, or call mics.save",
+        stacklevel=4,
+    )
 
 
 def check_decay(optimizer: torch.optim.Optimizer) -> None:
