@@ -311,6 +311,31 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
     return scales, moved, farthest(model, reference.model)
 
 
+def not_finite(degrees: tuple[int, int, int], precision: str, bad: float, optimizer: str, clipped: bool) -> list[float]:
+    """The norm of a step whose loss was multiplied by `bad` on rank 1 alone, and the share of weights then finite.
+
+    And how far a model that leaves the step out ends from one that never had it.
+    """
+    run = Run(degrees, "plain", optimizer)
+    models = [mics.shard(build(Chain), run.sharding, precision=getattr(mics.Precision, precision)()) for _ in range(3)]
+    taking, leaving, without = models
+    optimizers = [model.optimizer(optimizer) for model in models]
+    batch = Chain.batch(torch.Generator().manual_seed(dist.get_rank()))
+    norms = []
+    for model, trained in zip((taking, leaving), optimizers, strict=False):
+        (model.loss(batch, 0) * (bad if dist.get_rank() == 1 else 1.0)).backward()
+        norms.append(mics.clip_grad_norm_(model, 1.0).item() if clipped or model is leaving else 0.0)
+        if model is taking:
+            trained.step()
+        trained.zero_grad()
+    for model, trained in zip((leaving, without), optimizers[1:], strict=True):
+        train(model, trained, [batch], 0, run)
+    mics.check_replicas(taking)
+    with mics.full_params(taking), mics.full_params(without):
+        weights = torch.cat([p.flatten() for p in taking.parameters()])
+        return [norms[-1], weights.isfinite().double().mean().item(), farthest(leaving, without)]
+
+
 def two_optimizers_overflow() -> list[float]:
     """The loss scale after a step with infinite gradients and one with good ones, each taken by two optimizers."""
     torch.manual_seed(5)

@@ -48,7 +48,7 @@ def shard(
     """Cut the model's parameters, gradients and optimizer state as `sharding` says, in place; returns the same module.
 
     Call it on every rank, before the optimizer is made. Afterwards `named_parameters()` gives the same names, each a
-    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, must ask
+    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, asks
     `mics.shape_of`. Train as usual: gradients average over ranks and add over micro-steps.
 
     sharding: "auto" takes what cuts least of all shardings whose state, gathered units and buffers fit in 60 % of a
