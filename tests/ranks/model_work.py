@@ -311,20 +311,36 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
     return scales, moved, farthest(model, reference.model)
 
 
-def not_finite(degrees: tuple[int, int, int], precision: str, bad: float, optimizer: str, clipped: bool) -> list[float]:
-    """The norm of a step whose loss was multiplied by `bad` on rank 1 alone, and the share of weights then finite.
+class Fragile(Chain):
+    """One weight has a gradient of its own, which no other gradient depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.weight * 1.0
+        return super().forward(x)
+
+
+def not_finite(
+    degrees: tuple[int, int, int], precision: str, bad: float, optimizer: str, clipped: bool
+) -> tuple[float, int, float]:
+    """The norm of a step in which one weight's gradient is `bad` on rank 1 alone, and how many weights are lost by it.
 
     And how far a model that leaves the step out ends from one that never had it.
     """
     run = Run(degrees, "plain", optimizer)
-    models = [mics.shard(build(Chain), run.sharding, precision=getattr(mics.Precision, precision)()) for _ in range(3)]
+    models = [mics.shard(build(Fragile), run.sharding, precision=getattr(mics.Precision, precision)()) for _ in "123"]
     taking, leaving, without = models
     optimizers = [model.optimizer(optimizer) for model in models]
-    batch = Chain.batch(torch.Generator().manual_seed(dist.get_rank()))
-    norms = []
+    batch = Fragile.batch(torch.Generator().manual_seed(dist.get_rank()))
+    norm = torch.zeros(())
     for model, trained in zip((taking, leaving), optimizers, strict=False):
-        (model.loss(batch, 0) * (bad if dist.get_rank() == 1 else 1.0)).backward()
-        norms.append(mics.clip_grad_norm_(model, 1.0).item() if clipped or model is leaving else 0.0)
+        loss = model.loss(batch, 0)
+        (loss + model.kept * (bad if dist.get_rank() == 1 else 1.0)).backward()
+        if clipped or model is leaving:
+            norm = mics.clip_grad_norm_(model, 1.0)
         if model is taking:
             trained.step()
         trained.zero_grad()
@@ -332,8 +348,8 @@ def not_finite(degrees: tuple[int, int, int], precision: str, bad: float, optimi
         train(model, trained, [batch], 0, run)
     mics.check_replicas(taking)
     with mics.full_params(taking), mics.full_params(without):
-        weights = torch.cat([p.flatten() for p in taking.parameters()])
-        return [norms[-1], weights.isfinite().double().mean().item(), farthest(leaving, without)]
+        lost = sum(int((~p.isfinite()).sum()) for p in taking.parameters())
+        return norm.item(), lost, farthest(leaving, without)
 
 
 def two_optimizers_overflow() -> list[float]:
