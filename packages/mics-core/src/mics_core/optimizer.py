@@ -223,7 +223,9 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     """Raise unless an update with these numbers is one."""
     for name in ("lr", "eps", "weight_decay"):
         number = group[name]
-        if not (isinstance(number, Real | torch.Tensor) and 0 <= float(number) < math.inf):
+        if isinstance(number, torch.Tensor):
+            continue  # the host would wait for it here, and once more where the kernel takes it
+        if not (isinstance(number, Real) and 0 <= float(number) < math.inf):
             raise ConfigError(f"AdamW: {name} is {number}, expected a finite number from 0 up")
     betas = group["betas"]
     numbers = betas if isinstance(betas, tuple) else ()
