@@ -1,5 +1,7 @@
 """A world of one rank, in this process: what does not depend on how many there are."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,18 @@ def test_what_is_put_in_a_parameters_place_inside_full_params_stays() -> None:
     with mics.full_params(model):
         assert (model[0].weight == 2).all()  # type: ignore[operator]
         assert (model[2].bias == 3).all()  # type: ignore[operator]
+
+
+def test_recurrent_layers_let_go_of_whole_weights_when_they_are_cut_and_when_full_params_ends() -> None:
+    """They keep a list of their weights, beside their parameters."""
+    model = nn.Sequential(nn.LSTM(4, 4), nn.Identity())
+    whole = [weakref.ref(parameter) for parameter in model.parameters()]
+    mics.shard(model, mics.Sharding.ddp())
+    with mics.full_params(model):
+        model[0](torch.ones(2, 4))
+        whole += [weakref.ref(parameter) for parameter in model.parameters()]
+    gc.collect()
+    assert not [reference for reference in whole if reference() is not None]
 
 
 def test_a_forecast_is_what_the_sharded_model_says() -> None:

@@ -1,5 +1,8 @@
 """The loss scale follows its rule, step by step, whatever comes."""
 
+import warnings
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +24,7 @@ def by_hand(rule: LossScale, overflows: list[bool]) -> list[float]:
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:LossScale")
 @given(st.lists(st.booleans(), max_size=30), st.integers(1, 4), st.sampled_from([1.0, 4.0, 64.0]))
 def test_it_halves_at_an_overflow_and_doubles_after_so_many_good_steps_in_a_row(
     overflows: list[bool], patience: int, initial: float
@@ -43,3 +47,22 @@ def test_it_goes_on_from_what_it_was() -> None:
     for each in (one, other):
         each.update(torch.tensor(0.0))
     assert one.state() == other.state() == {"scale": 8.0, "good": 0.0}
+
+
+def test_a_scale_that_falls_to_its_floor_says_so_once() -> None:
+    scaling = Scaling(LossScale(4.0, patience=2), torch.device("cpu"))
+    bad, good = torch.tensor(1.0), torch.tensor(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for overflow in (bad, good, good, bad):  # 2, 2, 4, 2
+            scaling.update(overflow)
+        with pytest.warns(RuntimeWarning, match="the scale has fallen to 1"):
+            scaling.update(bad)
+        scaling.update(bad)
+
+
+@pytest.mark.parametrize("rule", [LossScale(1.0, patience=1, largest=1.0), LossScale(1.0, patience=3)])
+def test_a_scale_that_begins_at_its_floor_says_nothing_while_steps_are_good(rule: LossScale) -> None:
+    scaling = Scaling(rule, torch.device("cpu"))
+    for _ in range(4):
+        scaling.update(torch.tensor(0.0))

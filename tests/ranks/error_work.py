@@ -7,6 +7,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,6 +74,37 @@ def use_before_shard(what: str) -> None:
     elif what == "full_params":
         with mics.full_params(model):
             pass
+
+
+def penalise_slices(degrees: tuple[int, int, int], marked: bool, kind: str, first: bool) -> str:
+    """What is said; the training that follows is that of ranks that never did it."""
+    plain = Model(2)
+    models = [mics.shard(copy.deepcopy(plain), mics.Sharding(*degrees)) for _ in range(2)]
+    optimizers: list[Any] = [
+        mics.AdamW(model.parameters()) if kind == "mics.AdamW" else torch.optim.SGD(model.parameters(), lr=0.1)
+        for model in models
+    ]
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    def steps(model: Model, optimizer: Any, penalty: float) -> None:
+        for batch in mics.accumulate(model, [x, x]) if marked else [x, x]:
+            # Whether autograd comes to the penalty first or last.
+            early = sum(p.square().sum() for p in model.parameters()) if first else 0
+            loss = model(batch).square().mean()
+            late = 0 if first else sum(p.square().sum() for p in model.parameters())
+            (loss + penalty * (early + late) if penalty else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(mics.LifecycleError) as caught:
+        steps(models[0], optimizers[0], 0.1)
+    optimizers[0].zero_grad()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(2):
+            steps(model, optimizer, 0.0)
+    for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, other)
+    return str(caught.value)
 
 
 def step_inside_backward() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_case import ROWS, WIDTH, Block, Case, Chain, blocks, distance
+import mics_core as mics
+from model_case import ROWS, WIDTH, Block, Case, Chain, blocks, distance, make_optimizer
 
 
 # ---- where parameters are
@@ -62,6 +63,33 @@ class Unseen(Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.scale + self.empty.sum()
+
+
+class Decaying(Chain):
+    """matrices that decay and vectors that do not."""
+
+    def optimizer(self, name: str) -> Any:
+        matrices = [p for p in self.parameters() if len(mics.shape_of(p)) > 1]
+        vectors = [p for p in self.parameters() if len(mics.shape_of(p)) < 2]
+        return make_optimizer(name, [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+
+
+class PenalisedBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.norm, self.rise, self.fall)
+        self.penalty = sum(layer.weight.norm() + layer.bias.abs().sum() for layer in layers)
+        return super().forward(x)
+
+
+class Penalised(Chain):
+    """a penalty on weights in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([PenalisedBlock() for _ in range(3)])
+
+    def loss(self, batch: Tensor, step: int) -> Tensor:
+        return super().loss(batch, step) + 0.1 * sum(block.penalty for block in self.blocks)
 
 
 # ---- tied weights

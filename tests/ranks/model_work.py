@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -140,7 +141,8 @@ def compare_training(case: type[Case], run: Run) -> None:
     names = [list(dict(model.named_parameters())), list(model.state_dict())]
     mics.shard(model, run.sharding, units=case.units)
     model.finish()
-    assert [list(dict(model.named_parameters())), list(model.state_dict())] == names
+    with pytest.warns(UserWarning, match="1-D slices"):
+        assert [list(dict(model.named_parameters())), list(model.state_dict())] == names
     optimizer = model.optimizer(run.optimizer)
     for step, batches in enumerate(all_batches(case, world)):
         expected = reference.train(batches, step)
@@ -307,6 +309,47 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
         scales.append(scaling.scale.item())
     mics.check_replicas(model)
     return scales, moved, farthest(model, reference.model)
+
+
+class Fragile(Chain):
+    """One weight has a gradient of its own, which no other gradient depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.weight * 1.0
+        return super().forward(x)
+
+
+def not_finite(
+    degrees: tuple[int, int, int], precision: str, bad: float, optimizer: str, clipped: bool
+) -> tuple[float, int, float]:
+    """The norm of a step in which one weight's gradient is `bad` on rank 1 alone, and how many weights are lost by it.
+
+    And how far a model that leaves the step out ends from one that never had it.
+    """
+    run = Run(degrees, "plain", optimizer)
+    models = [mics.shard(build(Fragile), run.sharding, precision=getattr(mics.Precision, precision)()) for _ in "123"]
+    taking, leaving, without = models
+    optimizers = [model.optimizer(optimizer) for model in models]
+    batch = Fragile.batch(torch.Generator().manual_seed(dist.get_rank()))
+    norm = torch.zeros(())
+    for model, trained in zip((taking, leaving), optimizers, strict=False):
+        loss = model.loss(batch, 0)
+        (loss + model.kept * (bad if dist.get_rank() == 1 else 1.0)).backward()
+        if clipped or model is leaving:
+            norm = mics.clip_grad_norm_(model, 1.0)
+        if model is taking:
+            trained.step()
+        trained.zero_grad()
+    for model, trained in zip((leaving, without), optimizers[1:], strict=True):
+        train(model, trained, [batch], 0, run)
+    mics.check_replicas(taking)
+    with mics.full_params(taking), mics.full_params(without):
+        lost = sum(int((~p.isfinite()).sum()) for p in taking.parameters())
+        return norm.item(), lost, farthest(leaving, without)
 
 
 def two_optimizers_overflow() -> list[float]:

@@ -101,6 +101,25 @@ def test_an_optimizer_made_before_shard(pool: Pool, kind: str) -> None:
         assert f"this {kind} holds parameters that mics.shard has replaced" in text
 
 
+@pytest.mark.parametrize(
+    ("degrees", "marked", "kind", "first"),
+    [
+        ((1, 1, 1), False, "SGD", True),
+        ((1, 1, 1), True, "mics.AdamW", False),
+        ((2, 2, 4), False, "mics.AdamW", False),
+        ((2, 2, 4), True, "SGD", True),
+        ((4, 4, 4), False, "SGD", False),
+        ((4, 4, 4), True, "mics.AdamW", True),
+    ],
+    ids=str,
+)
+def test_a_penalty_on_slices_is_refused_on_every_rank_and_training_goes_on(
+    pool: Pool, degrees: tuple[int, int, int], marked: bool, kind: str, first: bool
+) -> None:
+    for text in pool.run(4, work.penalise_slices, degrees, marked, kind, first, LOCAL_WORLD_SIZE=2):
+        assert "a gradient came to this rank's slice of it, as of a penalty over model.parameters()" in text
+
+
 def test_a_step_inside_a_backward(pool: Pool) -> None:
     for text in said(pool, LifecycleError, work.step_inside_backward):
         assert "step: called inside the model's backward" in text

@@ -1,5 +1,6 @@
 """Any model trains under any sharding as it does in one process."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
@@ -100,6 +101,32 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: Pool, optimizer: st
         assert scales == [512.0, 256.0, 256.0, 512.0, 512.0, 1024.0, 1024.0]
         assert moved == 0
         assert off < 2e-3  # four steps of 1e-2; a step that was skipped must not count for AdamW's bias correction
+
+
+WEIGHTS = sum(parameter.numel() for parameter in work.Fragile().parameters())
+
+
+@pytest.mark.parametrize("degrees", [(2, 2, 4), *([(1, 1, 1), (4, 4, 4)] if is_deep() else [])], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "bad", "optimizer", "clipped", "lost"),
+    [
+        ("fp32", torch.nan, "mics.AdamW", False, 1),
+        ("fp32", torch.inf, "SGD", True, 1),  # all others are multiplied by 0
+        ("bf16", torch.nan, "torch.AdamW", True, WEIGHTS),
+        ("bf16", torch.nan, "mics.AdamW", True, WEIGHTS),
+        ("fp16", torch.nan, "mics.AdamW", False, 0),
+        ("fp16", torch.inf, "SGD", True, 0),
+    ],
+)
+def test_what_is_not_finite_on_one_rank_is_so_on_all_and_a_loop_can_leave_the_step_out(
+    pool: Pool, degrees: tuple[int, int, int], precision: str, bad: float, optimizer: str, clipped: bool, lost: int
+) -> None:
+    """Without a loss scale the step is taken, as in one process."""
+    job = work.not_finite, degrees, precision, bad, optimizer, clipped
+    for norm, gone, off in pool.run(4, *job, LOCAL_WORLD_SIZE=2):
+        assert not math.isfinite(norm)
+        assert gone == lost
+        assert off == 0
 
 
 def test_two_optimizers_of_one_model_change_the_loss_scale_once_a_step(pool: Pool) -> None:

@@ -12,6 +12,7 @@ from mics_core.planner.cluster import Cluster
 from mics_core.planner.search import plan
 from mics_core.runtime import shard
 from mics_core.sharding import LossScale, Precision, Sharding
+from mics_core.slices import shape_of
 from mics_core.steps import watch_optimizers
 from mics_core.training import accumulate, check_replicas, clip_grad_norm_, full_params, ledger
 
@@ -40,5 +41,6 @@ __all__ = [
     "open_weights",
     "plan",
     "save",
+    "shape_of",
     "shard",
 ]

@@ -12,6 +12,7 @@ from mics_core import comm, registry
 from mics_core.errors import ConfigError
 from mics_core.initialise import check_meta
 from mics_core.sharding import Precision, Sharding
+from mics_core.slices import has_hook
 from mics_core.topology import Rungs, Topology
 from mics_core.units import Unit, UnitRule, find
 
@@ -77,7 +78,7 @@ def _checked_units(
 ) -> list[Unit]:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"shard: the model is {model!r}, expected a torch.nn.Module")
-    if ranks_per_node is not None and not isinstance(ranks_per_node, int):
+    if ranks_per_node is not None and type(ranks_per_node) is not int:  # True is one, too
         raise ConfigError(f"shard: ranks_per_node is {ranks_per_node!r}, expected a number of ranks, or None")
     if not isinstance(sharding, Sharding):
         raise ConfigError(
@@ -85,7 +86,7 @@ def _checked_units(
         )
     if not isinstance(precision, Precision):
         raise ConfigError(f"shard: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
-    if prefetch_bytes is not None and not (isinstance(prefetch_bytes, int) and prefetch_bytes >= 0):
+    if prefetch_bytes is not None and (type(prefetch_bytes) is not int or prefetch_bytes < 0):
         raise ConfigError(f"shard: prefetch_bytes is {prefetch_bytes!r}, expected a number of bytes")
     if registry.owners(model.parameters()) or any(registry.is_sharded(module) for module in model.modules()):
         raise ConfigError(f"shard: this {type(model).__name__} is sharded already, or a part of it: shard it once")
@@ -109,6 +110,11 @@ def _checked_units(
                 raise ConfigError(
                     f"shard: {member.name} is {member.parameter.dtype}, expected floating point: make it a buffer, "
                     "which every rank keeps whole"
+                )
+            if has_hook(member.parameter):
+                raise ConfigError(
+                    f"shard: {member.name} has a hook that waits for its gradient, which no rank will hold whole: "
+                    "remove the hook, and read or change p.grad after mics.clip_grad_norm_"
                 )
     return units
 

@@ -185,6 +185,9 @@ class Conductor:
     def before_backward(self, station: Station, views: list[Sequence[torch.Tensor]]) -> None:
         """Gather the unit again, for what its backward reads and what a checkpoint in it recomputes."""
         if self.phase is not Phase.BACKWARD:
+            if not self._passes:  # a loop sets hooks up before it begins
+                for each in self.stations:
+                    each.check_hooks()
             self._check_alike()
             self.phase = Phase.BACKWARD
             self._order = self._orders[True]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from mics_core import registry
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.reduce import Reduced
+from mics_core.slices import check_decay
 from mics_kernels import Segments, adamw
 
 
@@ -72,8 +74,10 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for group in self.param_groups:
-            group["betas"] = tuple(group["betas"])
+            if isinstance(group["betas"], list):
+                group["betas"] = tuple(group["betas"])
             _check_settings(group)
+        check_decay(self)
         owners = registry.owners(parameter for group in self.param_groups for parameter in group["params"])
         if len(owners) != 1:
             raise ConfigError(
@@ -114,6 +118,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # schedules change them
+            _check_settings(group)
         runtime = self._runtime
         present = runtime.settle("step")
         clip, skip = runtime.pending(present)
@@ -216,10 +222,14 @@ class AdamW(torch.optim.Optimizer):
 def _check_settings(group: Mapping[str, Any]) -> None:
     """Raise unless an update with these numbers is one."""
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise ConfigError(f"AdamW: {name} is {group[name]}, expected a finite number from 0 up")
+        number = group[name]
+        if isinstance(number, torch.Tensor):
+            continue  # the host would wait for it here, and once more where the kernel takes it
+        if not (isinstance(number, Real) and 0 <= float(number) < math.inf):
+            raise ConfigError(f"AdamW: {name} is {number}, expected a finite number from 0 up")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    numbers = betas if isinstance(betas, tuple) else ()
+    if len(numbers) != 2 or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in numbers):
         raise ConfigError(f"AdamW: betas are {betas}, expected two numbers from 0 to below 1")
 
 

@@ -21,15 +21,12 @@ class Places:
 
     def __init__(self, shards: Shards) -> None:
         self._attributes: list[tuple[dict[str, Any], str, int]] = []
-        self._lists: list[tuple[list[Any], int, int]] = []  # recurrent layers keep their weights in a list, too
+        self._sites = shards.sites
         self._parameters = shards.parameters
         self._shown: list[Sequence[torch.Tensor]] = []  # a unit may be entered again before it was left
         for index, sites in enumerate(shards.sites):
             for site in sites:
                 self._attributes.append((site.module.__dict__, site.name, index))
-                if isinstance(site.module, nn.RNNBase):
-                    position = site.module._flat_weights_names.index(site.name)
-                    self._lists.append((site.module._flat_weights, position, index))
 
     @property
     def whole(self) -> Sequence[torch.Tensor]:
@@ -50,8 +47,6 @@ class Places:
             return
         for attributes, name, _ in self._attributes:
             attributes.pop(name, None)
-        for weights, position, index in self._lists:
-            weights[position] = self._parameters[index]
 
     def reset(self) -> None:
         """Let the modules see their Parameters, whatever was under way."""
@@ -61,15 +56,12 @@ class Places:
     def _show(self, views: Sequence[torch.Tensor]) -> None:
         for attributes, name, index in self._attributes:
             attributes[name] = views[index]
-        for weights, position, index in self._lists:
-            weights[position] = views[index]
 
     def own(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make these the Parameters of the modules."""
-        for attributes, name, index in self._attributes:
-            attributes["_parameters"][name] = parameters[index]
-        for weights, position, index in self._lists:
-            weights[position] = parameters[index]
+        for sites, parameter in zip(self._sites, parameters, strict=True):
+            for site in sites:
+                setattr(site.module, site.name, parameter)  # recurrent layers take note, and let go of what they had
 
     def owned(self) -> list[torch.Tensor]:
         """The Parameters that the modules have now."""

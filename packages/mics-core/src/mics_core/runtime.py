@@ -21,12 +21,14 @@ from mics_core.gather import Gathered, Gatherer
 from mics_core.ladder import Ladder
 from mics_core.ledger import Formula, Tally, UnitSize
 from mics_core.lifecycle import Conductor
+from mics_core.phases import Phase
 from mics_core.places import Places
 from mics_core.planner import automatic
 from mics_core.reduce import Reduced, Reducer
 from mics_core.scaling import Scaling
 from mics_core.sharding import Precision, Sharding
 from mics_core.shards import Shards
+from mics_core.slices import warn_of_state_dict
 from mics_core.station import Station
 from mics_core.units import Unit, UnitRule
 
@@ -46,8 +48,8 @@ def shard(
     """Cut the model's parameters, gradients and optimizer state as `sharding` says, in place; returns the same module.
 
     Call it on every rank, before the optimizer is made. Afterwards `named_parameters()` gives the same names, each a
-    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, must be
-    decided before, or by name. Train as usual: gradients average over ranks and add over micro-steps.
+    1-D slice of this rank's part of the weights: what depends on a parameter's shape, such as which ones decay, asks
+    `mics.shape_of`. Train as usual: gradients average over ranks and add over micro-steps.
 
     sharding: "auto" takes what cuts least of all shardings whose state, gathered units and buffers fit in 60 % of a
         rank's memory. The rest is for activations, which it does not know: `mics.plan` does, and knows links, too.
@@ -63,7 +65,7 @@ def shard(
     """
     world = comm.World(group)
     precision = precision or Precision.fp32()
-    if sharding == "auto":
+    if sharding == "auto" and isinstance(model, nn.Module):
         sharding = automatic.choose(model, units, precision, ranks_per_node, prefetch_bytes, world)
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)
     initialise.make_equal(model, world)
@@ -166,6 +168,11 @@ class Runtime:
             module.register_forward_pre_hook(opaque(_before(self, station)), prepend=True, with_kwargs=True)
             # Always: a forward that raises, as a checkpoint's does when it has recomputed enough, leaves its unit, too.
             module.register_forward_hook(opaque(_after(self, station)), always_call=True)
+        parts = [part for station in self.conductor.stations for part in station.gathered.shards]
+        holders = {site.module for part in parts for sites in part.sites for site in sites}
+        before_state_dict = _before_state_dict(self)
+        for module in holders:
+            module.register_state_dict_pre_hook(before_state_dict)  # type: ignore[no-untyped-call]
 
     @property
     def formula(self) -> Formula:
@@ -255,6 +262,18 @@ def _before(runtime: Runtime, station: Station) -> Any:
                 "memory of its own: copy the model before mics.shard, or its weights inside mics.full_params"
             )
         return runtime.conductor.before_forward(station, args, kwargs)
+
+    return before
+
+
+def _before_state_dict(runtime: Runtime) -> Callable[..., None]:
+    told = False
+
+    def before(*_: Any) -> None:
+        nonlocal told
+        if not told and runtime.conductor.phase is not Phase.OPEN:
+            told = True
+            warn_of_state_dict()
 
     return before
 

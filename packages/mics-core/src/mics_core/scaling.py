@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ class Scaling:
 
     def __init__(self, rule: LossScale, device: torch.device) -> None:
         self._rule = rule
-        self.scale = torch.full((), rule.initial, device=device)
+        self._numbers = torch.tensor([rule.initial, 0.0], device=device)
+        self.scale, self._good = self._numbers.unbind()  # `good` are the steps since the scale last changed
         self.entered = False  # whether a backward has begun at what `enlarge` returned
-        self._good = torch.zeros((), device=device)  # steps since the scale last changed
+        self._heard = torch.full((2,), torch.inf, pin_memory=device.type == "cuda")  # the numbers, maybe of a step ago
+        self._told = False
 
     def enlarge(self, outputs: Any) -> Any:
         """The model's outputs in float32, whose gradients enter the backward times the scale.
@@ -69,3 +72,13 @@ class Scaling:
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
         self.scale.mul_(factor).clamp_(1.0, self._rule.largest)
         self._good.masked_fill_(grow, 0)
+        self._heard.copy_(self._numbers, non_blocking=True)
+        heard, good = self._heard.tolist()
+        if heard <= 1 < self._rule.largest and not good and not self._told:
+            self._told = True
+            warnings.warn(
+                "LossScale: the scale has fallen to 1, as gradients were not finite in step after step, all of which "
+                "were skipped: look for what makes the loss or a gradient infinite or NaN, or use Precision.bf16()",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 
@@ -59,7 +59,7 @@ class Sharding:
         """The same with `WORLD` replaced, checked for a world of so many ranks."""
         given = {"params": self.params, "grads": self.grads, "optimizer": self.optimizer}
         for name, degree in given.items():
-            if not isinstance(degree, int) or (degree < 1 and degree != WORLD):
+            if type(degree) is not int or (degree < 1 and degree != WORLD):
                 raise ConfigError(f"Sharding: {name} is {degree!r}, expected a count of pieces, or -1 for all ranks")
         degrees = {name: world if degree == WORLD else degree for name, degree in given.items()}
         chain = [*degrees.items(), ("the number of ranks", world)]
@@ -90,11 +90,16 @@ class LossScale:
     def __post_init__(self) -> None:
         for name in ("initial", "largest"):
             scale = getattr(self, name)
-            if not 1 <= scale < math.inf:
+            if not (isinstance(scale, Real) and 1 <= float(scale) < torch.finfo(torch.float32).max):
                 raise ConfigError(
-                    f"LossScale: {name} is {scale}, expected a finite number from 1 up: gradients are scaled up"
+                    f"LossScale: {name} is {scale}, expected a number from 1 up that is finite in float32: gradients "
+                    "are scaled up"
                 )
-        if not self.patience >= 1:
+        if self.initial > self.largest:
+            raise ConfigError(
+                f"LossScale: initial is {self.initial}, expected no more than largest, {self.largest}: raise largest"
+            )
+        if not (isinstance(self.patience, Real) and float(self.patience) >= 1):
             raise ConfigError(f"LossScale: patience is {self.patience}, expected a count of steps from 1 up")
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.ladder import Ladder
 from mics_core.layout import Layout
 from mics_core.sharding import Precision, Sharding
+from mics_core.slices import slice_of
 from mics_core.units import Member
 
 
@@ -55,7 +55,10 @@ class Shards:
         # What users write into parameters has a version of its own, so that it is not taken for the optimizer's work.
         self._users_master = self.master.data
         self._users_version = self._users_master._version
-        self.parameters = [self._parameter(index, member.parameter) for index, member in enumerate(members)]
+        self.parameters = [
+            slice_of(member.parameter, member.name, self._users_master[begin:end])
+            for member, (begin, end) in zip(members, self.parts, strict=True)
+        ]
         if self.trained:
             users = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
             begin, end = ladder.range(size, o, within=sharding.grads)
@@ -144,9 +147,3 @@ class Shards:
         """Round `master` into my part of `shard`."""
         if self.master is not self.refreshed:
             self.refreshed.copy_(self.master)
-
-    def _parameter(self, index: int, old: nn.Parameter) -> nn.Parameter:
-        begin, end = self.parts[index]
-        new = nn.Parameter(self._users_master[begin:end], requires_grad=self.trained)
-        new.__dict__.update(old.__dict__)  # marks that users put on their parameters
-        return new

@@ -13,6 +13,7 @@ from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered
 from mics_core.places import Places
 from mics_core.reduce import Reduced
+from mics_core.slices import check_hooks
 
 
 class Station:
@@ -87,6 +88,13 @@ class Station:
                     f"{self.gathered.unit}: a parameter that was frozen at mics.shard requires a gradient now, and "
                     "has no memory for one: let it require gradients before mics.shard, and freeze it after"
                 )
+
+    def check_hooks(self) -> None:
+        """Raise if a user waits for the gradient of a slice: none comes there."""
+        for part, _ in self.places:
+            if part.trained:
+                for slot, parameter in zip(part.layout.slots, part.parameters, strict=True):
+                    check_hooks(slot.name, parameter)
 
     def clear(self) -> None:
         """Let modules see what they saw before, and raise if someone wrote into the whole parameters."""

@@ -6,6 +6,7 @@ sharded parameter passes through.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from mics_core import registry
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.optimizer import AdamW
 from mics_core.runtime import Runtime
+from mics_core.slices import check_decay
 
-NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "SparseAdam")
-"""Of torch.optim: these look at whole tensors, and a slice of a matrix is no matrix. Muon says so itself."""
+NOT_ELEMENTWISE = ("adafactor", "came", "lamb", "lars", "lbfgs", "muon", "prodigy", "shampoo", "soap", "sparseadam")
+"""Words in the names of optimizers that look at whole tensors: a slice of a matrix is no matrix."""
+
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def watch_optimizers() -> None:
@@ -28,17 +32,25 @@ def watch_optimizers() -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for runtime in _runtimes(optimizer):
-        if type(optimizer).__name__ in NOT_ELEMENTWISE:
-            raise ConfigError(
-                f"step: {type(optimizer).__name__} looks at whole tensors, and this rank holds 1-D slices of them: use "
-                "an optimizer that works element by element, such as mics.AdamW"
-            )
+        if optimizer not in _checked:
+            _check(optimizer)
         if any(given is not None for given in (*args[1:], *kwargs.values())):  # args begins with the optimizer
             raise ConfigError("step: got a closure, which would make gradients too late: run it before step()")
         present = runtime.settle("step")
         if not runtime.unscale(present):
             for reduced in present:
                 reduced.hide()
+
+
+def _check(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if any(word in name.lower() for word in NOT_ELEMENTWISE):
+        raise ConfigError(
+            f"step: {name} looks at whole tensors, and this rank holds 1-D slices of them: use an optimizer that works "
+            "element by element, such as mics.AdamW"
+        )
+    check_decay(optimizer)
+    _checked.add(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001

@@ -73,6 +73,7 @@ def find(model: nn.Module, rule: UnitRule | None) -> list[Unit]:
     members: dict[tuple[str, bool], list[Member]] = defaultdict(list)
     for key, parameter in parameters.items():
         owner = _common(chains[key])
+        _check_called(owner, modules[owner])
         members[owner, parameter.requires_grad].append(Member(parameter, tuple(sites[key].values())))
     return [
         Unit(name, module, tuple(members[name, True]), tuple(members[name, False]))
@@ -111,6 +112,15 @@ def _chosen(model: nn.Module, rule: UnitRule | None) -> dict[str, nn.Module]:
                     "class of modules inside the model, or leave units out"
                 )
     return {"": model, **dict(inner)}
+
+
+def _check_called(name: str, module: nn.Module) -> None:
+    """Raise if a unit with parameters has no forward, such as a list; the root may be used by its parts."""
+    if name and getattr(module.forward, "__func__", None) is nn.Module.forward:
+        raise ConfigError(
+            f"shard: units takes {name}, a {type(module).__name__}, which has no forward, so nothing would gather its "
+            "parameters: take the modules inside it, or the one around it"
+        )
 
 
 def _is_rule(rule: object) -> bool:
