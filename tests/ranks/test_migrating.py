@@ -8,9 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import migrating_work as work
+from model_work import CASES
 from pool import Pool
 
-PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
 (DIFF,) = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -57,6 +59,15 @@ def test_the_script_has_the_losses_and_norms_that_it_had_under_fsdp2(said: list[
         assert told(after) == pytest.approx(told(before), rel=0.001)
         assert told(after, "norm") == pytest.approx(told(before, "norm"), rel=0.005)
     assert told(said[0][0]) != told(said[1][0]), "ranks have batches of their own"
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)(?: -k \"?([\w ]+))?", PAGE)
+    assert len(named) > 5
+    for path, words in named:
+        assert (ROOT / path).exists()
+        for word in filter(None, words.split(" or ")):
+            assert any(word in name for name in CASES), word
 
 
 def test_a_llama_of_hugging_face_trains_and_generates_as_in_one_process_and_is_saved(
