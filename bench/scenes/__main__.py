@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,13 @@ def add_spreads(variants: Mapping[str, dict[str, Any]]) -> None:
         found |= {"spread": samples.spread(name), "times_as_fast": samples.ratio(base, name)}
 
 
-def draw(names: Iterable[str], folder: Path) -> None:
+def draw(names: Sequence[str], folder: Path) -> None:
     """The pictures of these scenes' records; the one of weak scaling once all of its scenes are there."""
     there = {name: folder / f"{name}.json" for name in [*names, *WEAK] if (folder / f"{name}.json").exists()}
     records = {name: record.load(path) for name, path in there.items()}
     for name in records.keys() - set(WEAK):  # a bar of each says nothing of scaling
         plots.bars(records[name], folder / f"{name}.png")
-    if records.keys() >= set(WEAK):
+    if set(names) & set(WEAK) and records.keys() >= set(WEAK):
         plots.weak(records, folder / "weak.png")
 
 

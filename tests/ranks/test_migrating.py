@@ -56,7 +56,7 @@ def test_the_script_has_the_losses_and_norms_that_it_had_under_fsdp2(said: list[
     for before, after, *_ in said:
         assert len(told(before)) == 10
         assert told(before)[-1] < 0.8 * told(before)[0]
-        assert told(after) == pytest.approx(told(before), rel=0.001)
+        assert told(after) == pytest.approx(told(before), rel=0.0003)
         assert told(after, "norm") == pytest.approx(told(before, "norm"), rel=0.005)
     assert told(said[0][0]) != told(said[1][0]), "ranks have batches of their own"
 
