@@ -11,17 +11,15 @@ from matplotlib.figure import Figure
 from bench.record import origin
 from bench.scenes.figures import WEAK, Found, ends, seconds
 from bench.scenes.table import SCENES
-from mics_core.planner.candidate import System
-from mics_core.planner.scaling import COLOURS
 
 LOOKS = {
-    "mics": (COLOURS[System.MICS], "o", "-"),
-    "FSDP2": (COLOURS[System.ZERO3], "s", "--"),
-    "ZeRO-3": ("#7a2e39", "^", ":"),
-    "HSDP": (COLOURS[System.HSDP], "D", "-."),
-    "DDP": (COLOURS[System.DDP], "v", "-"),
+    "mics": ("#1b6ca8", "o", "-"),
+    "FSDP2": ("#8f5fa8", "v", "--"),
+    "ZeRO-3": ("#d1495b", "s", ":"),
+    "HSDP": ("#c98500", "^", "-."),
+    "DDP": ("#3b7d4f", "D", ":"),
 }
-"""Colour, marker and line by the first word of a variant's name: the simulator's colours, which knows no DeepSpeed."""
+"""Colour, marker and line by the first word of a variant's name: the colours of the simulator's curves."""
 
 DARK = "#222222"
 WIDTH, DPI = 7.0, 200

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
 
 SYSTEMS = (System.MICS, System.ZERO3, System.HSDP, System.DDP)
-COLOURS = {System.MICS: "#1b6ca8", System.ZERO3: "#d1495b", System.HSDP: "#e9b44c", System.DDP: "#9aa5b1"}
-"""Of a system in every picture, those of benchmarks, too."""
+_COLOURS = {System.MICS: "#1b6ca8", System.ZERO3: "#d1495b", System.HSDP: "#e9b44c", System.DDP: "#9aa5b1"}
 
 
 class Scaling(Enum):
@@ -124,7 +123,7 @@ def draw(points: Sequence[Point], path: Path | str) -> None:
         mine = [point for point in points if point.system is system]
         ranks = [point.ranks for point in mine]
         speeds = [point.prediction.tflops for point in mine]
-        axes.plot(ranks, speeds, marker="o", label=system.value, color=COLOURS.get(system))
+        axes.plot(ranks, speeds, marker="o", label=system.value, color=_COLOURS.get(system))
     axes.set_xscale("log", base=2)
     ticks = sorted({point.ranks for point in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
