@@ -6,13 +6,12 @@ PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
 
-.PHONY: help setup test test-deep test-bench mutants test-triton36 lint types contracts check format bench bench-kernels bench-host bench-planner bench-wires \
-	bench-training bench-links bench-peers bench-scenes bench-checkpoints bench-report gpu-check pretrain dist lock clean
+.PHONY: $(shell awk -F: '/^[a-z0-9-]+:/ {print $$1}' $(MAKEFILE_LIST))
 
 help: ## Print this list; PYTHON=python3.12 names the interpreter, ARGS="..." goes to the command that runs.
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-17s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## Build .venv with the locked versions, with a CPU build of torch where there is no NVIDIA GPU.
+setup: ## Build .venv with the locked versions, without CUDA where there is no GPU: half a minute, and the downloads.
 	@tools/setup.sh
 
 # On a busy machine OpenMP's threads otherwise burn the time slices of those they wait for: seven times slower, measured.
@@ -23,14 +22,14 @@ PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadfile
 test: setup ## Run the tests: at most five minutes on 2 cores, and the same draws every time.
 	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
 
-test-deep: setup ## Run everything, with more and new draws: every chain, all kills, the wheels, Triton 3.6.
+test-deep: setup ## Run everything, with more and new draws, all kills, the wheels, Triton 3.6: tens of minutes.
 	@$(if $(ARGS),,$(MAKE) --no-print-directory test-triton36)
 	@$(PYTEST) --deep $(ARGS)
 
 test-bench: setup ## Run the tests of the benchmarks' own tools: five minutes.
 	@$(PATIENT) $(PY) -m pytest bench/tests $(ARGS)
 
-mutants: setup ## Plant small faults in the packages one by one, and tell which of them the tests find.
+mutants: setup ## Plant small faults in the packages one by one, and tell which the tests find: tens of minutes.
 	@$(PATIENT) $(PY) tests/mutants/plant.py $(ARGS)
 
 # The interpreter of Triton 3.6 fails on numpy 2.4.
@@ -52,7 +51,7 @@ types: setup ## Check the types of the three packages, strictly.
 contracts: setup ## Check which package may import which.
 	@.venv/bin/lint-imports --no-logo
 
-check: lint types contracts ## Run lint, types and contracts.
+check: lint types contracts ## Run lint, types and contracts: a minute.
 
 format: setup ## Format the code and repair what the linter can.
 	@$(PY) -m ruff check --fix-only
@@ -61,38 +60,38 @@ format: setup ## Format the code and repair what the linter can.
 bench: setup ## Run every benchmark that the machine allows, and renew the tables: 20 minutes on 2 cores.
 	@$(PY) -m bench.all $(ARGS)
 
-bench-planner: setup ## Measure what planning itself costs, and a step of 16,384 ranks simulated.
+bench-planner: setup ## Measure what planning itself costs, and a step of 16,384 ranks simulated: half a minute.
 	@$(PY) -m bench.planner $(ARGS)
 
-bench-wires: setup ## Measure the emulated wires against what they are asked to be (needs root).
+bench-wires: setup ## Measure the emulated wires against what they are asked to be (needs root): a quarter of a minute.
 	@$(PY) -m bench.wires $(ARGS)
 
-bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work.
+bench-kernels: setup ## Measure each kernel against the best torch idiom for the same work: two minutes.
 	@$(PY) -m bench.kernels $(ARGS)
 
-bench-host: setup ## Measure what the runtime costs the host for each unit, against FSDP2.
+bench-host: setup ## Measure what the runtime costs the host for each unit, against FSDP2: half a minute.
 	@$(PY) -m bench.host $(ARGS)
 
-bench-training: setup ## Measure training steps on this machine, against plain PyTorch, DDP and FSDP2.
+bench-training: setup ## Measure training steps on this machine, against plain PyTorch, DDP and FSDP2: two minutes.
 	@$(PY) -m bench.training $(ARGS)
 
-bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root).
+bench-links: setup ## Measure how much of a slow link the transfers between emulated nodes use (needs root): two minutes.
 	@$(PY) -m bench.links $(ARGS)
 
-bench-peers: setup ## Measure a training step on emulated nodes against the peers (needs root).
+bench-peers: setup ## Measure a training step on emulated nodes against the peers (needs root): six minutes.
 	@$(PY) -m bench.scenes peers-100 peers-400 peers-large $(ARGS)
 
-bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root).
+bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root): 16 minutes.
 	@$(PY) -m bench.scenes $(ARGS)
 
-bench-checkpoints: setup ## Measure checkpoints against the disk, and what a background save costs.
+bench-checkpoints: setup ## Measure checkpoints against the disk, and what a background save costs: a minute.
 	@$(PY) -m bench.checkpoints $(ARGS)
 
 bench-report: setup ## Renew the measured tables of README and docs from the results.
 	@$(PY) -m bench.report $(ARGS)
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
-gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need.
+gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need: ten minutes.
 	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, torch, triton' 2>/dev/null; \
 	then py=$(GPU_PYTHON); else tools/setup.sh && py=$(PY) || exit 1; fi; \
 	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ranks, record
-from bench.harness import Samples
+from bench.harness import Ratio, Samples
 
 PEERS = {
     "save": "plain write",
@@ -56,8 +56,7 @@ def checkpoints_table(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for row in rows:
         for name, each in row["actions"].items():
-            share = each["share"]
-            told = "" if share is None else f"{share['value']:.2f} ({share['low']:.2f}-{share['high']:.2f})"
+            told = Ratio(**each["share"]).told() if each["share"] else ""
             texts.append([str(row["ranks"]), name, f"{each['gb_per_s']:.2f}", told])
     return record.table(["ranks", "", "GB/s", "of the plain one"], texts)
 
@@ -66,12 +65,13 @@ def checkpoints_note(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much was written, and what a background save costs."""
     said = [f"{rows[0]['bytes'] / 1e6:,.0f} MB of weights and optimizer state."]
     for row in rows:
-        steps, ratio = row["background"], row["background"]["ratio"]
+        steps = row["background"]
+        without = steps["without"]["median"]
         said.append(
             f"Ten steps on {row['ranks']} {'rank' if row['ranks'] == 1 else 'ranks'}, with a background save of "
-            f"{steps['bytes'] / 1e6:,.0f} MB in the first, take {ratio['value']:.3f} ({ratio['low']:.3f}-"
-            f"{ratio['high']:.3f}) of {steps['without']['median']:.2f} s without, medians of {steps['with']['rounds']} "
-            f"rounds; the save goes on for {steps['beyond']['median']:.2f} s after them."
+            f"{steps['bytes'] / 1e6:,.0f} MB in the first, take {Ratio(**steps['ratio']).told(3)} of {without:.2f} s "
+            f"without, medians of {steps['with']['rounds']} rounds; the save goes on for "
+            f"{steps['beyond']['median']:.2f} s after them."
         )
     return " ".join(said)
 

@@ -32,8 +32,8 @@ import torch
 
 from bench.kernel_bench import Bench, Outcome, run_all
 from bench.kernel_cases import OPS, Case, cases
-from bench.kernels import chosen_ops, markdown, progress
-from bench.record import RESULTS, ROOT, folder, save, stamp
+from bench.kernels import chosen_ops, kernels_table, progress
+from bench.record import RESULTS, ROOT, folder, plain, save, stamp
 
 TESTS = [ROOT / "tests" / "kernels", ROOT / "tests" / "gpu"]
 
@@ -148,7 +148,7 @@ def check(
         keep(error=f"{type(error).__name__}: {error}\n{traceback.format_exc()[-4000:]}")
         print(record["error"], file=sys.stderr, flush=True)
     keep(finished=True)
-    print(markdown(outcomes))
+    print(kernels_table(plain(outcomes)))
     if record["dropped"]:
         print(f"\nout of time, so not measured: {', '.join(record['dropped'])}")
     for outcome in outcomes:

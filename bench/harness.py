@@ -159,6 +159,11 @@ class Ratio:
     low: float
     high: float
 
+    def told(self, digits: int = 2) -> str:
+        """With its interval; one that holds 1, and whose ends differ by a factor of two, tells nothing."""
+        said = f"{self.value:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
+        return f"{said} tells nothing" if self.low < 1 < self.high and self.high > 2 * self.low else said
+
 
 @dataclass(frozen=True)
 class Samples:

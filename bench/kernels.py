@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from bench.kernel_bench import OURS, Bench, Outcome, run_all
-from bench.kernel_cases import KB, OPS, Case, cases, size_text
-from bench.record import RESULTS, folder, save, stamp, table
+from bench.harness import Ratio
+from bench.kernel_bench import NOISE, OURS, Bench, Outcome, run_all
+from bench.kernel_cases import KB, MB, OPS, Case, cases, size_text
+from bench.record import RESULTS, folder, plain, save, stamp, table
 from bench.work import Work, check
 from mics_kernels.backend import INTERPRETED
+
+LARGE = 16 * MB
+"""A flat buffer that does not fit into most caches."""
 
 
 def progress(outcome: Outcome) -> None:
@@ -31,25 +35,39 @@ def progress(outcome: Outcome) -> None:
     print("; ".join([f"{outcome.name}: {said}", *outcome.missed]), file=sys.stderr, flush=True)
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a table; a speedup is the fastest idiom's time over ours, with the interval of its noise."""
-    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.views))
+def kernels_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """The cases of a record as a table; a speedup is the fastest idiom's time over ours, and between what it lies."""
+    names = list(dict.fromkeys(name for case in found for name in case["views"]))
     header = ["op", "scene", "size", "us", "GB/s", "of copy", "fastest idiom", *names, "missed"]
     rows = []
     place = {op: number for number, op in enumerate(OPS)}
-    for outcome in sorted(outcomes, key=lambda o: (place[o.op], o.scene, o.size)):
-        start = [outcome.op, outcome.scene, size_text(outcome.size)]
-        if outcome.error:
-            rows.append([*start, *[""] * (len(names) + 4), outcome.error.splitlines()[0][:80]])
+    for case in sorted(found, key=lambda each: (place[each["op"]], each["scene"], each["size"])):
+        start = [case["op"], case["scene"], size_text(case["size"])]
+        if case["error"]:
+            rows.append([*start, *[""] * (len(names) + 4), case["error"].splitlines()[0][:80]])
             continue
-        main = next(iter(outcome.views.values()))
-        speedups = [
-            f"{v.speedup.value:.2f} ({v.speedup.low:.2f}-{v.speedup.high:.2f})" if v else ""
-            for v in map(outcome.views.get, names)
-        ]
-        figures = [f"{main.times[OURS].median * 1e6:.4g}", f"{outcome.gb_per_s:.4g}", f"{outcome.of_copy.value:.2f}"]
-        rows.append([*start, *figures, main.idiom, *speedups, "; ".join(outcome.missed)])
+        main = next(iter(case["views"].values()))
+        speedups = [Ratio(**view["speedup"]).told() if view else "" for view in map(case["views"].get, names)]
+        took, share = main["times"][OURS]["median"], case["of_copy"]["value"]
+        figures = [f"{took * 1e6:.4g}", f"{case['gb_per_s']:.4g}", f"{share:.2f}"]
+        rows.append([*start, *figures, main["idiom"], *speedups, "; ".join(case["missed"])])
     return table(header, rows)
+
+
+def kernels_note(found: Sequence[Mapping[str, Any]]) -> str:
+    """How many cases are faster than their fastest idiom, and slower, of all sizes and of large ones."""
+    large = [case for case in found if case["size"] >= LARGE]
+    return f"{_counted(found)} Of buffers of {size_text(LARGE)} and more: {_counted(large)}"
+
+
+def _counted(found: Sequence[Mapping[str, Any]]) -> str:
+    speedups = [next(iter(case["views"].values()))["speedup"] for case in found if case["views"]]
+    faster = sum(each["value"] > 1 + NOISE and each["low"] > 1 for each in speedups)
+    slower = sum(each["value"] < 1 - NOISE and each["high"] < 1 for each in speedups)
+    return (
+        f"{len(speedups)} cases, {faster} faster than the fastest torch idiom for the same work, {slower} slower, the "
+        f"others alike within {NOISE:.0%} or the noise."
+    )
 
 
 def default_device() -> torch.device:
@@ -97,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceiling = bench.ceiling()
     print(f"copy: {ceiling['gb_per_s']:.4g} GB/s", file=sys.stderr)
     run_all(bench, cases(device, options.ops, quick=options.quick), report)
-    print(markdown(outcomes))
+    print(kernels_table(plain(outcomes)))
     name = options.out or ("kernels-quick" if options.quick else "kernels")
     path = RESULTS / folder(device) / f"{name}.json"
     save(path, record | {"ceiling": ceiling, "cases": outcomes})

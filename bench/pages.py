@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
 MARKED = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.S)
 WRITTEN = "bench/results"
 """The folder of records and their pictures."""

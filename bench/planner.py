@@ -116,11 +116,10 @@ def planner_table(found: Mapping[str, Any]) -> str:
 
 def planner_note(found: Mapping[str, Any]) -> str:
     """What many ranks cost a simulation more than few."""
-    ratio = Ratio(**found["many_over_few"])
     many, few = found["ranks"]
     return (
-        f"A step on {many:,} ranks takes {ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) times as long to "
-        f"simulate as one on {few:,}."
+        f"A step on {many:,} ranks takes {Ratio(**found['many_over_few']).told()} times as long to simulate as one on "
+        f"{few:,}."
     )
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +134,31 @@ def stamp(words: Sequence[str], device: torch.device | str, known_commit: str = 
         "load": os.getloadavg()[0],  # before: more than 0 means others wanted the cores, too
         "machine": asdict(machine(device)),
     }
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Where the figures of a record come from, as a line below them says it."""
+    machine, rounds = record["machine"], sorted(set(_rounds(record)))
+    said = [f"commit {at(record)}", f"{machine['device']}, {machine['cores']} cores"]
+    if rounds:
+        said.append(f"{rounds[0]} rounds" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds")
+    return ", ".join([*said, f"load {record['load']:.1f} at the start"])
+
+
+def at(record: Mapping[str, Any]) -> str:
+    """The commit that a record measured."""
+    commit = record["commit"]
+    return f"{commit['hash'][:7]}{' with changes' if commit['dirty'] else ''}"
+
+
+def _rounds(found: Any) -> Iterator[int]:
+    """What a record says of rounds, wherever it says it."""
+    if isinstance(found, Mapping):
+        for name, value in found.items():
+            yield from [value] if name == "rounds" else _rounds(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from _rounds(value)
 
 
 def plain(value: Any) -> Any:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from bench.checkpoints import checkpoints_note, checkpoints_table
+from bench.kernels import kernels_note, kernels_table
 from bench.links import links_table
 from bench.planner import planner_note, planner_table
-from bench.record import table
-from bench.scenes.figures import GOALS, WEAK, goals_table, scene_table, weak_note, weak_table
+from bench.record import origin, table
+from bench.scenes.figures import (
+    GOALS,
+    WEAK,
+    WEAK_HISTORY,
+    goals_table,
+    peers_note,
+    scene_table,
+    weak_note,
+    weak_table,
+)
 from bench.scenes.table import SCENES
 from bench.training import training_note, training_table
 from bench.wires import wires_table
@@ -41,16 +52,13 @@ def _missing(names: Sequence[str], command: str) -> str:
 
 
 def _made(*found: Mapping[str, Any]) -> str:
-    """Where figures come from, in a line below them."""
+    """Where figures come from, in a line below them; of several scenes by name."""
     if not found:
         return ""
-    said = []
-    for record in found:
-        commit, machine = record["commit"], record["machine"]
-        changed = " with changes" if commit["dirty"] else ""
-        said.append(f"commit {commit['hash'][:7]}{changed}, {machine['device']}, {machine['cores']} cores")
+    names = [f"{record['scene']['name']}: " if len(found) > 1 else "" for record in found]
+    said = [f"{name}{origin(record)}" for name, record in zip(names, found, strict=True)]
     left_out = {f"{n}: {why}" for record in found for n, why in record.get("left_out", {}).items()}
-    return "\n".join([f"\n*{'; '.join(dict.fromkeys(said))}.*", *[f"\nLeft out: {line}." for line in sorted(left_out)]])
+    return "\n".join([f"\n*{'; '.join(said)}.*", *[f"\nLeft out: {line}." for line in sorted(left_out)]])
 
 
 def _one(name: str, command: str, shown: Callable[[Mapping[str, Any]], str]) -> Table:
@@ -69,10 +77,9 @@ def _scene(name: str, shown: Callable[[Mapping[str, Any]], str] = scene_table) -
     return _one(f"cluster/{name}", f"python -m bench.scenes {name}", shown)
 
 
-def _with_four(found: Mapping[str, Any]) -> str:
-    """A scene with 4 micro-steps alone, for the README."""
-    four = [case for case in found["cases"] if case["micro_steps"] == 4]
-    return scene_table(dict(found) | {"cases": four or found["cases"]})
+def _peers(found: Mapping[str, Any]) -> str:
+    """A scene against the peers, and what to know of them before a look at their figures."""
+    return f"{scene_table(found)}\n\n{peers_note(found)}"
 
 
 def _weak(records: Records) -> str:
@@ -83,7 +90,7 @@ def _weak(records: Records) -> str:
 
 
 def _goals(records: Records) -> str:
-    return f"{goals_table(_scenes(records))}\n{_made(*records.values())}"
+    return f"{goals_table(_scenes(records))}\n\n{WEAK_HISTORY}\n{_made(*records.values())}"
 
 
 def _budget(records: Records) -> str:
@@ -117,6 +124,12 @@ def _host(found: Mapping[str, Any]) -> str:
     return table(["", "forward + backward, us", "cost of a unit, us"], rows)
 
 
+def _kernels(records: Records, shown: Callable[[Mapping[str, Any]], str]) -> str:
+    """What is shown of the kernels on each device."""
+    told = [f"{shown(found)}\n{_made(found)}" for found in records.values()]
+    return "\n\n".join(told) or _missing(["kernels"], "python -m bench.kernels")
+
+
 def _training(records: Records) -> str:
     tables = [
         f"{training_table(found['rows'])}\n\n{training_note(found)}\n{_made(found)}" for found in records.values()
@@ -132,9 +145,13 @@ def _planner(found: Mapping[str, Any]) -> str:
     return f"{planner_table(found)}\n\n{planner_note(found)}"
 
 
+KERNELS = ("*/kernels", "*/gpu-check")
+
 TABLES: Mapping[str, Table] = {
     "goals": Table(tuple(sorted({f"cluster/{scene}" for goal in GOALS for scene in goal.scenes})), _goals),
-    "peers": _scene("peers-large", _with_four),
+    "peers": _scene("peers-large", _peers),
+    "kernels": Table(KERNELS, partial(_kernels, shown=lambda found: kernels_table(found["cases"]))),
+    "kernels-note": Table(KERNELS, partial(_kernels, shown=lambda found: kernels_note(found["cases"]))),
     "weak": Table(tuple(f"cluster/{name}" for name in WEAK), _weak),
     "budget": Table(tuple(f"cluster/{scene.name}" for scene in SCENES), _budget),
     "wires": _one("cpu/wires", "python -m bench.wires", wires_table),

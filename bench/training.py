@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import ranks, record
-from bench.harness import Samples
+from bench.harness import Ratio, Samples
 from bench.training_work import MODELS, Job, variants
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -105,7 +105,7 @@ def training_table(rows: Sequence[Found]) -> str:
                     f"{each['tokens_per_s']:,.0f}",
                     f"{each['mfu']:.1%}",
                     "" if each["memory"] is None else f"{each['memory'] / 1e6:,.0f}",
-                    f"{ratio['value']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f}) {each['peer']}" if ratio else "",
+                    f"{Ratio(**ratio).told(3)} {each['peer']}" if ratio else "",
                 ]
             )
     return record.table(header, texts)

@@ -225,7 +225,7 @@ def run(rounds: int, seconds: float) -> dict[str, Any]:
                     got[asked.what].append(value)
         fidelity = cluster.fidelity()
     rows = [{"asked": asked, "got": got[asked.what]} for each in MEASUREMENTS for asked in each.asked]
-    return {"rows": rows, "switch": fidelity}
+    return {"rounds": rounds, "rows": rows, "switch": fidelity}
 
 
 def wires_table(found: Mapping[str, Any]) -> str:

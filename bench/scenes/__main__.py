@@ -1,6 +1,7 @@
 """Run scenes, check that all variants agree on the loss, and write what was measured, with a picture.
 
 python -m bench.scenes [NAMES...] [--small] [--out FOLDER]
+python -m bench.scenes --draw                              # measures nothing: draws the pictures of the records there
 """
 
 from __future__ import annotations
@@ -61,10 +62,13 @@ def add_spreads(variants: Mapping[str, dict[str, Any]]) -> None:
         found |= {"spread": samples.spread(name), "times_as_fast": samples.ratio(base, name)}
 
 
-def draw_weak(folder: Path) -> None:
-    """The picture of weak scaling, once all of its scenes are there."""
-    records = {name: record.load(folder / f"{name}.json") for name in WEAK if (folder / f"{name}.json").exists()}
-    if len(records) == len(WEAK):
+def draw(names: Sequence[str], folder: Path) -> None:
+    """The pictures of these scenes' records; the one of weak scaling once all of its scenes are there."""
+    there = {name: folder / f"{name}.json" for name in [*names, *WEAK] if (folder / f"{name}.json").exists()}
+    records = {name: record.load(path) for name, path in there.items()}
+    for name in records.keys() - set(WEAK):  # a bar of each says nothing of scaling
+        plots.bars(records[name], folder / f"{name}.png")
+    if set(names) & set(WEAK) and records.keys() >= set(WEAK):
         plots.weak(records, folder / "weak.png")
 
 
@@ -74,10 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scenes", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--small", action="store_true", help="only to see that all runs: the figures say nothing")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the records that are there")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
         parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(names)}")
+    if options.draw:
+        draw(options.names or names, options.out)
+        return 0
     if reason := unavailable():
         print(f"scenes: left out: {reason}")
         return 0
@@ -90,9 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, reason in found["left_out"].items():
             print(f"left out: {name}: {reason}", file=sys.stderr)
         path = record.save(options.out / f"{scene.name}.json", found)
-        plots.bars(found, path.with_suffix(".png"))
+        draw([scene.name], options.out)
         print(f"\n{scene.question} ({scene.name})\n\n{scene_table(found)}\n\nsaved {path.name}", flush=True)
-    draw_weak(options.out)
     return 0
 
 

@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harness import quantile
-from bench.record import table
+from bench.harness import Ratio, quantile
+from bench.record import at, table
 from bench.scenes.table import Scene
 
 Found = Mapping[str, Any]
 """The record of a scene."""
 
 WEAK = ("weak-1", "weak-2", "weak-8")
+
+WEAK_HISTORY = (
+    "The waits of the scene of weak scaling were set three times, after its figures were seen: it kept 0.950, then "
+    "0.964, then 0.983 from 2 to 8 nodes (docs/log.md, 2026-11-21)."
+)
+"""What a reader should know of its goal."""
+
+LEAN = "mics 2,2,4"
+"""Of ours, what stands beside DDP where memory is told."""
 
 REAL_RATE, REAL_FLOPS = 400e9, 170e12
 """Of a real node's link in bit/s, and of each of its GPUs in a second: what the published figures of MiCS were like."""
@@ -40,14 +49,36 @@ def scene_table(found: Found) -> str:
                 [
                     str(case["micro_steps"]),
                     name,
-                    f"{figures['spread']['median']:.3f}",
-                    f"{figures['times_as_fast']['value']:.2f}",
+                    _with_ends(figures),
+                    Ratio(**figures["times_as_fast"]).told(),
                     "" if over is None else f"{over:.2f}",
                     f"{figures['sent'][-1] / 1e6:.1f}",
                     f"{figures['held'] / 1e6:.2f}",
                 ]
             )
     return table(header, rows)
+
+
+def _with_ends(figures: Mapping[str, Any]) -> str:
+    """The median step, and the least and the most of all rounds."""
+    least, most = ends(figures)
+    return f"{figures['spread']['median']:.3f} ({least:.3f}-{most:.3f})"
+
+
+def ends(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """The shortest and the longest step."""
+    return min(figures["seconds"]), max(figures["seconds"])
+
+
+def peers_note(found: Found) -> str:
+    """What to know of the peers beside their figures."""
+    held = {name: f"{figures['held'] / 1e6:.1f} MB" for name, figures in found["cases"][0]["variants"].items()}
+    return (
+        f"DDP keeps everything on every rank, {held['DDP']} where {LEAN} holds {held[LEAN]}, so it cannot hold the "
+        "models that this is for: it shows what the wire allows where memory is no limit. FSDP2, HSDP and ZeRO-3 pay "
+        "here what they would not on GPUs: gloo's reduce-scatter moves twice the bytes of NCCL's, and the thread that "
+        "computes waits for it."
+    )
 
 
 def over_limit(figures: Mapping[str, Any]) -> float | None:
@@ -86,10 +117,11 @@ def weak_table(records: Mapping[str, Found]) -> str:
     two, eight = (records[scene] for scene in WEAK[1:])
     rows = []
     for name, last in eight["cases"][0]["variants"].items():
-        steps = [seconds(records[scene], name) for scene in WEAK]
+        steps = [_case(records[scene], name, None) for scene in WEAK]
         kept = [_divided(of(two, name), of(eight, name)) for of in (seconds, _limit)]
-        figures = ["" if figure is None else f"{figure:.3f}" for figure in (*steps, *kept)]
-        rows.append([name, *figures, f"{quantile(last['busy'], 0.5):.0%}"])
+        told = ["" if step is None else _with_ends(step) for step in steps]
+        told += ["" if share is None else f"{share:.3f}" for share in kept]
+        rows.append([name, *told, f"{quantile(last['busy'], 0.5):.0%}"])
     return table(header, rows)
 
 
@@ -168,10 +200,15 @@ GOALS = (
 def goals_table(records: Mapping[str, Found]) -> str:
     """Each goal beside what was measured."""
     rows = [
-        [goal.what, f"{'<=' if goal.at_most else '>='} {goal.bound:g}", figure, kept]
+        [goal.what, f"{'<=' if goal.at_most else '>='} {goal.bound:g}", figure, kept, _commits(goal, records)]
         for goal, figure, kept in _judged(records)
     ]
-    return table(["", "goal", "measured", ""], rows)
+    return table(["", "goal", "measured", "", "commit"], rows)
+
+
+def _commits(goal: Goal, records: Mapping[str, Found]) -> str:
+    found = [records[scene] for scene in goal.scenes if scene in records]
+    return ", ".join(dict.fromkeys(at(record) for record in found))
 
 
 def _judged(records: Mapping[str, Found]) -> Iterator[tuple[Goal, str, str]]:

@@ -64,7 +64,7 @@ COMPUTE = StandIn(0.020, 0.040)
 
 _PEERS = Scene(
     "peers-100",
-    "A step against the peers, nothing to hide behind: all is the wire",
+    "A step against the peers, with nothing to hide transfers behind",
     (*PEERS, *OURS),
     budget=130,
     micro_steps=(1, 8),

@@ -107,18 +107,16 @@ def test_nothing_stays(end: str) -> None:
         namespace = int(owner.stdout.readline())
         if end.startswith("SIG"):
             assert namespace in namespaces()
-            soon = (
-                time.monotonic() + PATIENCE
-            )  # a process that is just being replaced by its program shows no environment
+            # A process that is just being replaced by its program shows no environment.
+            soon = time.monotonic() + PATIENCE
             while len(marked(mark)) != 6 and time.monotonic() < soon:
                 time.sleep(0.05)
             found = marked(mark)  # owner, switch, two of the node, the program and its child
             owner.send_signal(getattr(signal, end))
             assert len(found) == 6, found
         owner.wait(timeout=PATIENCE)
-    deadline = (
-        time.monotonic() + PATIENCE
-    )  # the kernel's killing takes a moment; an owner that could do it itself waits
+    # The kernel's killing takes a moment; an owner that could do it itself waits.
+    deadline = time.monotonic() + PATIENCE
     while end in ("SIGTERM", "SIGKILL") and marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not marked(mark)

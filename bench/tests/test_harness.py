@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.harness import WARM_UPS, DeviceTimer, HostTimer, Samples, Variant, captured, measure, order
+from bench.harness import WARM_UPS, DeviceTimer, HostTimer, Ratio, Samples, Variant, captured, measure, order
 from pretending import Clock, Device
 
 
@@ -48,6 +48,12 @@ def test_what_slows_whole_rounds_down_does_not_widen_the_interval() -> None:
     assert together.ratio("a", "b").low == pytest.approx(2)
     assert together.ratio("a", "b").high == pytest.approx(2)
     assert apart.ratio("a", "b").high > apart.ratio("a", "b").low + 0.2
+
+
+def test_an_interval_from_far_below_to_far_above_one_tells_nothing() -> None:
+    assert Ratio(1.13, 0.27, 5.64).told() == "1.13 (0.27-5.64) tells nothing"
+    assert Ratio(0.51, 0.27, 0.63).told() == "0.51 (0.27-0.63)"
+    assert Ratio(1.0, 0.8, 1.2).told(3) == "1.000 (0.800-1.200)"
 
 
 def test_the_same_samples_have_the_same_interval() -> None:

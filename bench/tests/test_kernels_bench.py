@@ -20,7 +20,7 @@ import bench.kernels as kernels
 from bench.harness import Ratio, Spread, Variant
 from bench.kernel_bench import COPY, OURS, Bench, Outcome, View
 from bench.kernel_cases import KB, LINES, MB, OPS, Case, Line, cases
-from bench.record import ROOT
+from bench.record import ROOT, plain
 from bench.work import FP32, Candidate, Work, WrongResult, check
 from pretending import Device
 
@@ -155,6 +155,19 @@ def test_slower_than_the_idiom_is_missed_unless_it_may_be_noise() -> None:
     assert not outcome_with(bench, flat, KB, Ratio(0.5, 0.4, 1.1)).missed
     assert not outcome_with(bench, flat, KB, Ratio(0.99, 0.98, 0.995)).missed
     assert not outcome_with(bench, flat, KB, Ratio(0.5, 0.4, 0.6), view="launch").missed
+
+
+def test_what_is_faster_and_slower_is_counted_from_the_record() -> None:
+    bench, flat = Bench(CPU, 0.0, MB), line("adamw", "flat")
+    speedups = [Ratio(2.0, 1.9, 2.1), Ratio(0.5, 0.4, 0.6), Ratio(0.5, 0.4, 1.1), Ratio(0.99, 0.98, 0.995)]
+    found = plain(
+        [outcome_with(bench, flat, size, each) for size, each in zip((KB, 16 * MB, KB, KB), speedups, strict=True)]
+    )
+    everything, large = kernels.kernels_note(found).split("Of buffers of 16 MB and more: ")
+    assert everything.startswith(
+        "4 cases, 1 faster than the fastest torch idiom for the same work, 1 slower, the others"
+    )
+    assert large.startswith("1 cases, 0 faster than the fastest torch idiom for the same work, 1 slower,")
 
 
 def test_the_goals_of_an_h200_hold_on_one_and_at_64_mb() -> None:

@@ -20,7 +20,14 @@ OLD, NEW = "2001-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00"
 def found(command: str, *, dirty: bool | None, date: str = OLD, **figures: Any) -> dict[str, Any]:
     machine = {"device": "a core", "cores": 1}
     commit = {"hash": "0123456789", "dirty": dirty}
-    return {"command": f"python -m bench.{command}", "commit": commit, "machine": machine, "date": date, **figures}
+    return {
+        "command": f"python -m bench.{command}",
+        "commit": commit,
+        "machine": machine,
+        "date": date,
+        "load": 0.5,
+        **figures,
+    }
 
 
 def host(*, dirty: bool | None, date: str = OLD) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def test_a_page_keeps_the_table_of_a_refused_record_and_renews_the_others(
     path = page({"cpu/host": host(dirty=False), "cpu/links": links(dirty=True)})
     assert report.main([]) == 1
     assert old(path) == ["links"]
-    assert "*commit 0123456, a core, 1 cores.*" in path.read_text()
+    assert "*commit 0123456, a core, 1 cores, load 0.5 at the start.*" in path.read_text()
     out, err = capsys.readouterr()
     assert out == "renewed: page.md\n"
     assert err.count("\n") == 1
@@ -74,8 +81,8 @@ def test_a_user_may_take_it_and_the_page_says_so(page: Told, words: list[str]) -
     path = page({"cpu/host": host(dirty=False), "cpu/links": links(dirty=True)})
     assert report.main(["--dirty", *words]) == 0
     assert old(path) == []
-    assert path.read_text().count("*commit 0123456 with changes, a core, 1 cores.*") == 1
-    assert path.read_text().count("*commit 0123456, a core, 1 cores.*") == 1
+    assert path.read_text().count("*commit 0123456 with changes, a core, 1 cores, load 0.5") == 1
+    assert path.read_text().count("*commit 0123456, a core, 1 cores, load 0.5") == 1
 
 
 def test_to_take_one_does_not_take_another(page: Told, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +123,7 @@ def test_a_table_of_several_records_is_kept_for_one_of_them() -> None:
 
 
 def test_records_that_no_table_shows_or_that_nobody_knows_more_of_are_not_refused() -> None:
-    assert refused({"cpu/kernels": found("kernels", dirty=True)}) == []
+    assert refused({"cpu/kernels-quick": found("kernels --quick", dirty=True)}) == []
     assert refused({"cpu/host": host(dirty=None)}) == []  # the tree came without its history
     assert refused({"h200/training": found("training", dirty=True)}) == ["h200/training"]
 

@@ -2,16 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench.cluster import unavailable
-from bench.record import plain
+from bench.record import plain, stamp
 from bench.scenes import __main__ as scenes
 from bench.scenes import plots, runtimes
-from bench.scenes.figures import GOALS, WEAK, goals_table, scene_table, weak_note, weak_table
+from bench.scenes.figures import GOALS, WEAK, goals_table, peers_note, scene_table, weak_note, weak_table
 from bench.scenes.model import StandIn
 from bench.scenes.table import PEERS, SCENES, Scene
 
@@ -91,7 +93,7 @@ def test_ranks_hold_what_their_sharding_says(found: dict[str, Any]) -> None:
 def test_a_record_becomes_a_table_and_a_picture(found: dict[str, Any], tmp_path: Path) -> None:
     lines = scene_table(found).splitlines()
     assert len(lines) == 2 + 2 * len(EVERYONE.variants)
-    plots.bars(found, tmp_path / "bars.png")
+    plots.bars(stamp([], "cpu") | found, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,7 +108,7 @@ def test_the_command_writes_a_record_of_each_scene(
     told = json.loads((tmp_path / "weak-1.json").read_text())
     assert told["command"].startswith("python -m bench.scenes weak-1 --small")
     assert {"commit", "machine", "load", "took", "left_out"} <= set(told)
-    assert (tmp_path / "weak-1.png").exists()
+    assert not (tmp_path / "weak-1.png").exists(), "the three scenes of weak scaling have one picture together"
     assert "scene 1 of 1, weak-1" in capsys.readouterr().err
 
 
@@ -152,26 +154,33 @@ def test_all_scenes_together_stay_within_their_time() -> None:
 # What is made of records, on figures that are made up.
 
 
-def pretended(seconds: dict[str, float], nodes: int = 4, limit: float = 1.0) -> dict[str, Any]:
+def pretended(seconds: dict[str, float], nodes: int = 4, limit: float = 1.0, *, scene: str = "") -> dict[str, Any]:
     variants = {
         name: {
+            "seconds": [0.75 * median, median, 1.25 * median],
             "spread": {"median": median},
-            "times_as_fast": {"value": 1.0},
+            "times_as_fast": {"value": 1.0, "low": 0.9, "high": 1.1},
             "expected": {"limit": limit, "sent": 1.0} if name.startswith("mics") else None,
             "sent": [1],
-            "held": 1,
+            "held": 8_000_000 if name == "DDP" else 3_000_000,
             "busy": [0.25, 0.5, 0.75],
         }
         for name, median in seconds.items()
     }
-    return {"cases": [{"micro_steps": 4, "variants": variants}], "scene": {"nodes": nodes}}
+    return {
+        "cases": [{"micro_steps": 4, "variants": variants}],
+        "scene": {"name": scene, "nodes": nodes, "rate_mbit": 100.0, "question": "How long?", "rounds": 3},
+        "commit": {"hash": "0123456789", "dirty": True},
+        "machine": {"device": "a core", "cores": 1},
+        "load": 0.5,
+    }
 
 
 def test_goals_are_judged_on_medians() -> None:
     records = {"hierarchy": pretended({"mics 4,4,4 flat": 1.6, "mics 4,4,4": 1.0})}
     rows = goals_table(records).splitlines()
     assert len(rows) == 2 + len(GOALS)
-    assert [cell.strip() for cell in rows[-1].split("|")[2:5]] == [">= 1.45", "1.60", "kept"]
+    assert [cell.strip() for cell in rows[-1].split("|")[2:6]] == [">= 1.45", "1.60", "kept", "0123456 with changes"]
     records["hierarchy"] = pretended({"mics 4,4,4 flat": 1.4, "mics 4,4,4": 1.0})
     assert "missed" in goals_table(records).splitlines()[-1]
     assert "not measured" in goals_table({}).splitlines()[-1]
@@ -181,10 +190,20 @@ def test_a_goal_at_most_is_kept_below() -> None:
     names = [f"mics {degrees}" for degrees in ("2,2,4", "4,4,4", "2,2,8", "2,2,2", "1,1,1")]
     records = {"stand-in": pretended(dict.fromkeys(names, 1.1) | {"mics 4,4,4": 1.2})}
     judged = [line for line in goals_table(records).splitlines() if "stand-in" in line]
-    assert [line.split("|")[-2].strip() for line in judged] == ["kept", "missed", "kept", "kept", "kept"]
+    assert [line.split("|")[-3].strip() for line in judged] == ["kept", "missed", "kept", "kept", "kept"]
 
 
-def test_weak_scaling_is_what_eight_nodes_keep_of_two(tmp_path: Path) -> None:
+def test_a_step_is_told_with_its_shortest_and_longest_and_a_ratio_with_its_interval() -> None:
+    (row,) = scene_table(pretended({"DDP": 2.0})).splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["DDP", "2.000 (1.500-2.500)", "1.00 (0.90-1.10)"]
+
+
+def test_what_peers_hold_is_told_from_the_record() -> None:
+    note = peers_note(pretended({"DDP": 1.0, "mics 2,2,4": 1.1}))
+    assert "DDP keeps everything on every rank, 8.0 MB where mics 2,2,4 holds 3.0 MB, so" in note
+
+
+def test_weak_scaling_is_what_eight_nodes_keep_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = dict(zip(WEAK, (1.0, 1.0, 2.0), strict=True))
     records = {
         n: pretended({"FSDP2 full": s, "mics 2,2,-1": 1.0}, nodes=(1, 2, 8)[i])
@@ -198,5 +217,27 @@ def test_weak_scaling_is_what_eight_nodes_keep_of_two(tmp_path: Path) -> None:
     # 262 kB at 50 Mbit/s; 2 blocks of 0.8 and 1.6 s
     scene = plain(next(scene for scene in SCENES if scene.name == "weak-8"))
     assert "needs 0.009 of a micro-step's 4.8 s" in weak_note({"weak-8": {"scene": scene}})
-    plots.weak(records, tmp_path / "weak.png")
+    drawn = _drawn(monkeypatch, lambda: plots.weak(records, tmp_path / "weak.png"))
+    assert drawn == [[1.0, 1.0, 0.5], [1.0, 1.0, 1.0]], "1 node is there, and each line has its own speed on 2 for 1"
     assert (tmp_path / "weak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _drawn(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], None]) -> list[list[float]]:
+    """The heights of lines, without the ends of their error bars."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
+    draw()
+    lines = [line for line in figures[0].axes[0].lines if line.get_linestyle() != "None"]
+    return [[float(y) for y in line.get_ydata()] for line in lines]
+
+
+def test_a_picture_says_whence_it_is_and_has_the_shortest_bar_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plots.bars(pretended({"DDP": 2.0, "mics 2,2,4": 1.0, "HSDP 4": 3.0}), tmp_path / "bars.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mics 2,2,4", "DDP", "HSDP 4"]
+    assert "commit 0123456 with changes, a core, 1 cores, 3 rounds, load 0.5" in figures[0].get_supxlabel()
