@@ -51,7 +51,7 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
         ("full behind", "File too large"),
         ("keep", "keep is 0, expected at least 1"),
         ("paths", "ask alike everywhere"),
-        ("extra", "pickle"),
+        ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),
     ],
 )

@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mics", description="Plans of trainings; checkpoints of mics.save, which hold pickles: trust them."
-    )
+    parser = argparse.ArgumentParser(prog="mics", description="Plans of trainings; checkpoints of mics.save.")
     commands = parser.add_subparsers(dest="command", required=True)
     planning.add_parsers(commands)
     checkpoint = "a checkpoint's directory, or a folder whose `latest` names one"

@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
-from mics_core.checkpoint.contents import Contents, Name, pickled
+from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place
 from mics_core.checkpoint.host_memory import copies
-from mics_core.checkpoint.manifest import Manifest
+from mics_core.checkpoint.manifest import INDEX, Manifest
+from mics_core.checkpoint.plain import packed
 from mics_core.checkpoint.random_numbers import random_state
-from mics_core.checkpoint.writing import INDEX, Written, write, write_index
+from mics_core.checkpoint.writing import Written, write, write_index
 from mics_core.comm import World
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.runtime import Runtime
@@ -96,8 +97,9 @@ def save(
 
     It holds the master weights, frozen parameters and persistent buffers (each rank's, where they differ), the
     optimizer's state, the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank,
-    and `extra`: what can be pickled, such as `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds
-    no gradients, so call it after the step.
+    and `extra`, such as `scheduler=scheduler.state_dict()`: tensors, numbers, texts, bytes, and lists, tuples, sets and
+    dictionaries of them, which loading reads without running code. numpy's numbers become Python's; anything else
+    raises. It holds no gradients, so call it after the step.
 
     background: copy what this rank writes to host memory, which it keeps for the next such save, and return while a
         thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
@@ -139,7 +141,14 @@ def save(
     if len({hashed for _, hashed in answers}) > 1:
         own["buffers"] = model_state.buffers(model, "save")
     about = _about(runtime, optimizer, contents[0], sorted(extra))
-    job = _Job(Place(Path(path).absolute()), replace(contents[0], own=pickled(own)), rungs, world.rank, keep, about)
+    job = _Job(
+        Place(Path(path).absolute()),
+        replace(contents[0], own=packed(own, "this rank's state")),
+        rungs,
+        world.rank,
+        keep,
+        about,
+    )
     together(world, "save", job.prepare)
     saving = Saving(job, world, background=background)
     if background:
@@ -227,14 +236,14 @@ def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, ex
     weights = model_state.weights(runtime)
     cuts = list(weights.values())
     wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model, "save").items()}
-    objects = {EXTRA: pickled(extra)}
+    objects = {EXTRA: packed(extra, "extra")}
     numbers: frozenset[str] = frozenset()
     if optimizer is not None:
         state = optimizer_state.collect(runtime, optimizer, weights)
         cuts += state.cuts
         wholes |= state.wholes
         numbers = state.numbers
-        objects[optimizer_state.GROUPS] = pickled(state.groups)
+        objects[optimizer_state.GROUPS] = packed(state.groups, str(optimizer_state.GROUPS))
     return Contents(tuple(cuts), wholes, objects, model_state.aliases(model), numbers)
 
 

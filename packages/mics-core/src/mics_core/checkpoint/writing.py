@@ -32,10 +32,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from mics_core.checkpoint.boxes import Box
 from mics_core.checkpoint.contents import Contents, Cut, Name, own_name
 from mics_core.checkpoint.folder import write_durably
-from mics_core.checkpoint.manifest import Entry, measure
+from mics_core.checkpoint.manifest import INDEX, Entry, measure
 from mics_core.topology import Rungs
 
-INDEX = ".metadata"
 _LARGE = 1 << 18  # bytes that are worth another thread, which adds them up while they are written
 _AHEAD = 1 << 26  # bytes after which the disk is set to work: all at the end would take it as long again
 
