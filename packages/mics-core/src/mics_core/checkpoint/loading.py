@@ -18,6 +18,7 @@ from mics_core.checkpoint.contents import Cut, Name, own_name
 from mics_core.checkpoint.optimizer_state import Wanted
 from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
+from mics_core.checkpoint.runs import go_on_with
 from mics_core.checkpoint.saving import EXTRA, patient, wait_for_saves
 from mics_core.errors import ConfigError
 from mics_core.runtime import Runtime
@@ -113,6 +114,7 @@ class _Job:
         if self._runtime.conductor.scaling is not None and self._scale is not None:
             self._runtime.conductor.scaling.restore(self._scale)
         restore(self._own["random"], self._runtime.world.device)
+        go_on_with(self._runtime, self._stored.manifest.runs)
 
 
 def _check_model(

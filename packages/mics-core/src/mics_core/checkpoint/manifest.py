@@ -34,7 +34,17 @@ class Manifest:
     """Counts a folder's checkpoints up, so that the oldest is known."""
     files: dict[str, Entry]
     about: dict[str, Any]
-    """Ranks, sharding, precision, optimizer, loss scale."""
+    """Ranks, sharding, precision, optimizer, loss scale, runs."""
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The run that wrote it, after those which that one was loaded from; without a name in old ones."""
+        return tuple(self.about.get("runs", ("",)))
+
+    @property
+    def run(self) -> str:
+        """The run that wrote it."""
+        return self.runs[-1]
 
     def render(self) -> bytes:
         """The file's only possible content: reading compares with it, so every changed bit is found."""

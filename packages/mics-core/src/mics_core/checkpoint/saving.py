@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -25,6 +24,7 @@ from mics_core.checkpoint.host_memory import copies
 from mics_core.checkpoint.manifest import INDEX, Manifest
 from mics_core.checkpoint.plain import packed
 from mics_core.checkpoint.random_numbers import random_state
+from mics_core.checkpoint.runs import runs_of
 from mics_core.checkpoint.writing import Written, write, write_index
 from mics_core.comm import World
 from mics_core.errors import ConfigError, LifecycleError
@@ -105,8 +105,9 @@ def save(
         thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
         next save, or by `wait()` of what this returns: call it at the end, because a process that ends can only print
         it.
-    keep: remove all but so many of the newest checkpoints beside this one, once it is complete. What cannot be removed
-        is a warning: the new checkpoint is there.
+    keep: once it is complete, remove all but so many of the newest checkpoints beside it that are of this run, or of
+        one that it was loaded from. A run is what becomes of a model after mics.shard: other trainings in the folder
+        lose nothing, and neither does a training that began anew. What cannot be removed is a warning in every save.
 
     Other tools read it as a torch.distributed.checkpoint: `python -m torch.distributed.checkpoint.format_utils
     dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
@@ -188,15 +189,7 @@ class _Job:
         with self.claim:
             self._write_and_publish(world)
             if self.rank == 0:  # no rank waits for what is removed
-                try:
-                    self.place.tidy(self.keep)
-                except OSError as error:
-                    warnings.warn(
-                        f"save: {self.place.path} is complete, but {error.filename} could not be removed: "
-                        f"{error.strerror}; the next save tries again",
-                        RuntimeWarning,
-                        stacklevel=1,
-                    )
+                self.place.tidy(self.keep, self.about["runs"])
 
     def _write_and_publish(self, world: World) -> None:
         def write_mine() -> Written:
@@ -259,5 +252,6 @@ def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents, ex
         "single_numbers": sorted({name.keys[-1] for name in contents.wholes if name.keys[0] == "optimizer"}),
         "python_numbers": sorted(contents.numbers),
         "extra": extra,
+        "runs": runs_of(runtime),
         "torch": str(torch.__version__),
     }
