@@ -85,6 +85,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(pool: Pool, tmp_p
         assert extra == {"step": 2}
 
 
+def test_what_differs_between_ranks_is_not_saved_as_rank_0s(pool: Pool, tmp_path: Path) -> None:
+    for rank, (said, there, loaded) in enumerate(pool.run(2, work.save_slices, tmp_path)):
+        assert "save: ema is not the same on rank 1 as on rank 0, which alone is saved" in said
+        assert said.startswith("save: ")
+        assert there == []
+        assert loaded == {"elapsed": 1.5, "absent": None, "every": [0, 1]}, rank
+
+
 def test_two_trainings_do_not_save_in_one_folder_at_once(pool: Pool, tmp_path: Path) -> None:
     for first, second in pool.run(2, work.save_beside_another, tmp_path):
         assert f"another process is saving in {tmp_path}, expected a folder of this training's own" in first

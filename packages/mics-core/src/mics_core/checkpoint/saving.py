@@ -22,7 +22,7 @@ from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place
 from mics_core.checkpoint.host_memory import copies
 from mics_core.checkpoint.manifest import INDEX, Manifest
-from mics_core.checkpoint.plain import packed
+from mics_core.checkpoint.plain import digest, packed
 from mics_core.checkpoint.random_numbers import random_state
 from mics_core.checkpoint.runs import runs_of
 from mics_core.checkpoint.writing import Written, write, write_index
@@ -99,7 +99,9 @@ def save(
     optimizer's state, the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank,
     and `extra`, such as `scheduler=scheduler.state_dict()`: tensors, numbers, texts, bytes, and lists, tuples, sets and
     dictionaries of them, which loading reads without running code. numpy's numbers become Python's; anything else
-    raises. It holds no gradients, so call it after the step.
+    raises. `extra` is the same on all ranks, or None on those where rank 0's is meant: slices of parameters are not, so
+    for an average of weights copy the model before mics.shard, shard both, and save the copy to a path of its own. It
+    holds no gradients, so call it after the step.
 
     background: copy what this rank writes to host memory, which it keeps for the next such save, and return while a
         thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
@@ -116,7 +118,7 @@ def save(
     world, rungs = patient(runtime.world), runtime.ladder.rungs
     contents: list[Contents] = []
 
-    def collect() -> tuple[tuple[str, int | None, bool], bytes]:
+    def collect() -> tuple[tuple[str, int | None, bool], bytes, dict[str, str]]:
         runtime.rest("save")
         wait_for_saves()
         runtime.wait()
@@ -128,18 +130,21 @@ def save(
         if background:
             found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
-        return (str(place.path), keep, background), model_state.hash_of(model_state.buffers(model, "save"))
+        hashed = model_state.hash_of(model_state.buffers(model, "save"))
+        digests = {name: digest(value) for name, value in extra.items() if value is not None}
+        return (str(place.path), keep, background), hashed, digests
 
     answers = exchange(world, "save", collect)
-    requests = [request for request, _ in answers]
+    requests = [request for request, _, _ in answers]
     if any(request != requests[0] for request in requests):
         odd = next(rank for rank, request in enumerate(requests) if request != requests[0])
         raise ConfigError(
             f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
             "everywhere"
         )
+    _check_extra([digests for _, _, digests in answers])
     own = {"random": random_state(runtime.world.device), "buffers": {}}
-    if len({hashed for _, hashed in answers}) > 1:
+    if len({hashed for _, hashed, _ in answers}) > 1:
         own["buffers"] = model_state.buffers(model, "save")
     about = _about(runtime, optimizer, contents[0], sorted(extra))
     job = _Job(
@@ -214,6 +219,18 @@ class _Job:
                 )
         files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written)
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
+
+
+def _check_extra(digests: list[dict[str, str]]) -> None:
+    for rank, theirs in enumerate(digests):
+        for name in sorted(theirs):
+            if theirs[name] != digests[0].get(name):
+                raise ConfigError(
+                    f"save: {name} is not the same on rank {rank} as on rank 0, which alone is saved, expected it "
+                    f"alike on all ranks: pass {name}=None on the others if rank 0's is meant, a list of all ranks' if "
+                    "each is needed; for slices of parameters copy the model before mics.shard, shard both, and save "
+                    "the copy to a path of its own"
+                )
 
 
 def _check_gradients(runtime: Runtime) -> None:
