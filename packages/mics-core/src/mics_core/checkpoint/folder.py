@@ -23,10 +23,16 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from mics_core.checkpoint.manifest import MANIFEST, Manifest
+from mics_core.checkpoint.manifest import INDEX, MANIFEST, Manifest
 from mics_core.errors import ConfigError
 
 LATEST = "latest"
+FOREIGN = (
+    "to begin with the weights of another program's checkpoint run `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch {path} all.pt`, then "
+    "mics.load_weights(torch.load('all.pt', mmap=True)['model'], model) if its model was saved as 'model'"
+)
+"""What to do with a torch.distributed.checkpoint that is not ours."""
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -157,6 +163,11 @@ def find(path: Path) -> Path:
     replaced = Place(path).replaced if path.name and not path.name.startswith(".") else path
     if not path.exists() and (replaced / MANIFEST).is_file():
         return replaced  # killed between two renames
+    if not (path / MANIFEST).is_file() and (path / INDEX).is_file():
+        raise RuntimeError(
+            f"load: {path} is a torch.distributed.checkpoint without the {MANIFEST} of a complete one of mics.save, "
+            f"expected that: {FOREIGN.format(path=path)}"
+        )
     if not (path / MANIFEST).is_file():
         there = "is not complete" if path.is_dir() and any(path.iterdir()) else "does not exist or is empty"
         raise RuntimeError(
