@@ -245,6 +245,22 @@ def fail_to_remove(folder: Path) -> tuple[list[str], list[str], dict[str, int]]:
     return [str(warning.message) for warning in caught], there, extra
 
 
+def save_slices(folder: Path) -> tuple[str, list[str], dict[str, object]]:
+    """What is said of slices as extra, and what is there then; what comes back of what is rank 0's or alike."""
+    model, optimizer = build(PAIR, Setting(), seed=1)
+    said, rank = "nothing", dist.get_rank()
+    try:
+        mics.save(folder / "step-1", model, optimizer, step=1, ema=[p.detach().clone() for p in model.parameters()])
+    except ValueError as error:
+        said = str(error)
+    dist.barrier()
+    there = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    extra = {"elapsed": None if rank else 1.5, "absent": None, "every": [0, 1]}
+    mics.save(folder / "step-1", model, optimizer, **extra)
+    return said, there, mics.load(folder, model, optimizer)
+
+
 def save_beside_another(folder: Path) -> list[str]:
     """What a save says while another process saves in its folder, and afterwards."""
     model, optimizer = saved(folder)

@@ -126,11 +126,6 @@ def test_names_that_are_not_there_or_do_not_fit_are_told_in_one_line(
     )
     assert "hf: the checkpoint does not say which model it is of" in said("--names", "hf")
     assert "is one file, expected no shard_bytes" in said("--shard-bytes", "9", out="out.pt")
-    model = mics.shard(nn.Linear(3, 3), mics.Sharding.ddp())
-    mics.save(tmp_path / "odd", model, None, place=Path("x"))
-    assert "holds more than tensors, numbers, texts and collections" in said(
-        "--names", "hf", checkpoint=tmp_path / "odd"
-    )
     monkeypatch.setattr(Plugin, "load", lambda _: lambda _: (lambda _, tensor: {"one": tensor}, {}))
     monkeypatch.setattr("mics_core.checkpoint.export.entry_points", lambda **_: [Plugin()])
     assert "one comes twice, again from model." in said("--names", "loud")

@@ -47,11 +47,11 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
     ("how", "sentence"),
     [
         ("not a directory", "File exists, expected a disk with room"),
-        ("full", "File too large"),
-        ("full behind", "File too large"),
+        ("full", "/.step-2.saving/__1_0.distcp: File too large"),
+        ("full behind", "/.step-2.saving/__1_0.distcp: File too large"),
         ("keep", "keep is 0, expected at least 1"),
         ("paths", "ask alike everywhere"),
-        ("extra", "pickle"),
+        ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),
     ],
 )
@@ -78,11 +78,19 @@ def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool,
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(pool: Pool, tmp_path: Path) -> None:
     first, second = pool.run(2, work.fail_to_remove, tmp_path)
     assert not second[0]
-    assert "step-2 is complete, but" in first[0][0]
+    assert ".step-1.saving, which is old, cannot be removed while" in first[0][0]
     assert "Device or resource busy" in first[0][0]
     for _, there, extra in (first, second):
         assert there == [".lock", "latest", "step-2", "step-3"]
         assert extra == {"step": 2}
+
+
+def test_what_differs_between_ranks_is_not_saved_as_rank_0s(pool: Pool, tmp_path: Path) -> None:
+    for rank, (said, there, loaded) in enumerate(pool.run(2, work.save_slices, tmp_path)):
+        assert "save: ema is not the same on rank 1 as on rank 0, which alone is saved" in said
+        assert said.startswith("save: ")
+        assert there == []
+        assert loaded == {"elapsed": 1.5, "absent": None, "every": [0, 1]}, rank
 
 
 def test_two_trainings_do_not_save_in_one_folder_at_once(pool: Pool, tmp_path: Path) -> None:

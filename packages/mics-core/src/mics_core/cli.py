@@ -57,9 +57,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mics", description="Plans of trainings; checkpoints of mics.save, which hold pickles: trust them."
-    )
+    parser = argparse.ArgumentParser(prog="mics", description="Plans of trainings; checkpoints of mics.save.")
     parser.add_argument("--version", action="version", version=f"mics {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     planning.add_parsers(commands)

@@ -27,11 +27,11 @@ class _Problem:
 def exchange(world: World, caller: str, job: Callable[[], T]) -> list[T]:
     """Do a job on every rank; each rank's result, which should be small, or the first exception of any rank."""
     mine: tuple[T | None, _Problem | None] = (None, None)
-    cause: Exception | None = None
+    cause: Exception | None = None  # of what has no sentence of its own
     try:
         mine = (job(), None)
     except Exception as error:  # the other ranks must hear of it, whatever it is
-        cause = error
+        cause = None if isinstance(error, (ConfigError, LifecycleError, OSError)) else error
         mine = (None, _problem(caller, error))
     answers: list[tuple[T, _Problem | None]] = world.tell(mine, caller)
     for rank, (_, problem) in enumerate(answers):

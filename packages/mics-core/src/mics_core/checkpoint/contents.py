@@ -7,11 +7,9 @@ element is written once, by a rank that has it, and every rank writes equally mu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 
@@ -88,13 +86,13 @@ class Contents:
     wholes: dict[Name, torch.Tensor]
     """Alike on all ranks; rank 0 writes them."""
     objects: dict[Name, bytes]
-    """Rank 0's, pickled."""
+    """Rank 0's plain data, packed."""
     aliases: dict[str, Name]
     """Other names of tied weights, for the first one."""
     numbers: frozenset[str]
     """The optimizer's keys under which Python's numbers are, as tensors here."""
     own: bytes = b""
-    """Every rank's own state, pickled."""
+    """Every rank's own state, packed."""
 
     def staged(self, piece: int, world: int, copies: Copies) -> Contents:
         """The same with copies, in host memory, of what this rank is to write."""
@@ -119,10 +117,3 @@ class Contents:
 def own_name(rank: int) -> Name:
     """What a rank's own state is called."""
     return Name(("ranks", str(rank)))
-
-
-def pickled(value: Any) -> bytes:
-    """As torch.save writes it."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

@@ -7,7 +7,6 @@ group `mics.names`, each a `Naming`.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -84,13 +83,7 @@ def _as_ours(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
 
 
 def _extra(stored: Stored) -> Mapping[str, Any]:
-    try:
-        extra: Mapping[str, Any] = stored.read_object(EXTRA, plain=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"export: the extra of {stored.path} holds more than tensors, numbers, texts and collections of them, "
-            "expected these alone where names are asked for: export without names"
-        ) from error
+    extra: Mapping[str, Any] = stored.read_object(EXTRA)
     return extra
 
 

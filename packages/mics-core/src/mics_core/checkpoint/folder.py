@@ -6,7 +6,8 @@
     runs/.step-100.replaced  an older one of this name, until the new one is in its place
     runs/.lock               locked by the process that is saving here
 
-A folder of checkpoints belongs to one training run at a time: each save removes what killed ones left there.
+A folder of checkpoints belongs to one training run at a time: each save removes what killed ones left there. What
+cannot be removed is a warning: no save fails for an old checkpoint.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from mics_core.checkpoint.manifest import MANIFEST, Manifest
+from mics_core.checkpoint.manifest import INDEX, MANIFEST, Manifest
 from mics_core.errors import ConfigError
 
 LATEST = "latest"
+FOREIGN = (
+    "to begin with the weights of another program's checkpoint run `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch {path} all.pt`, then "
+    "mics.load_weights(torch.load('all.pt', mmap=True)['model'], model) if its model was saved as 'model'"
+)
+"""What to do with a torch.distributed.checkpoint that is not ours."""
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -35,10 +44,11 @@ class Place:
     path: Path
 
     def __post_init__(self) -> None:
-        if self.path.name in ("", LATEST) or self.path.name.startswith("."):
+        name = self.path.name
+        if name in ("", LATEST, MANIFEST) or name.startswith(".") or name != name.strip() or not name.isprintable():
             raise ConfigError(
-                f"save: the path ends in {self.path.name!r}, expected a directory of the checkpoint's own such as "
-                "runs/step-100: name one"
+                f"save: the path ends in {name!r}, expected a directory of the checkpoint's own such as runs/step-100: "
+                "name one"
             )
 
     @property
@@ -80,16 +90,18 @@ class Place:
         for old in list(folder.glob(".*.replaced")):
             rightful = folder / old.name.removeprefix(".").removesuffix(".replaced")
             if rightful.exists():
-                shutil.rmtree(old)
+                self._remove(old)
             else:
                 old.rename(rightful)
         for left in list(folder.glob(".*.saving")):
-            shutil.rmtree(left)
+            self._remove(left)
+        if self.temporary.exists():
+            self.temporary.rename(self._unused(self.path.name))
         self.temporary.mkdir()
 
     def next_number(self) -> int:
         """One more than any checkpoint here has."""
-        return 1 + max((number for number, _ in _siblings(self.path.parent)), default=0)
+        return 1 + max((each.number for _, each in _siblings(self.path.parent)), default=0)
 
     def publish(self, manifest: Manifest) -> None:
         """All files are on the disk: make them the checkpoint of this name, and the latest one."""
@@ -103,19 +115,39 @@ class Place:
         (self.path / LATEST).replace(self.path.parent / LATEST)
         _sync_directory(self.path.parent)
 
-    def tidy(self, keep: int | None) -> None:
-        """Remove what this checkpoint replaced, and all but so many of the newest here."""
+    def tidy(self, keep: int | None, runs: Sequence[str]) -> None:
+        """Remove what this checkpoint replaced, and all but so many of the newest here that are of these runs."""
         if self.replaced.exists():
-            shutil.rmtree(self.replaced)
-        siblings = sorted(_siblings(self.path.parent))
-        for _, name in siblings[: 0 if keep is None else max(0, len(siblings) - keep)]:
-            going = self.path.parent / f".{name}.saving"  # no checkpoint from here on, whenever we are killed
-            (self.path.parent / name).rename(going)
-            shutil.rmtree(going)
+            self._remove(self.replaced)
+        ours = sorted((each.number, path.name) for path, each in _siblings(self.path.parent) if each.run in runs)
+        for _, name in ours[: 0 if keep is None else max(0, len(ours) - keep)]:
+            self._remove(self.path.parent / name)
 
     def abandon(self) -> None:
         """The save has failed: give its space back, as far as that goes now; the next save does the rest."""
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _remove(self, old: Path) -> None:
+        going = old
+        try:
+            if not (
+                old.name.startswith(".") and old.suffix == ".saving"
+            ):  # no checkpoint from here on, whenever we are killed
+                going = old.rename(self._unused(old.name.removeprefix(".").removesuffix(".replaced")))
+            shutil.rmtree(going)
+        except OSError as error:
+            file = "" if error.filename is None else f"{Path(error.filename).name}: "
+            warnings.warn(
+                f"save: {going}, which is old, cannot be removed while {self.path} is saved ({file}{error.strerror}); "
+                "the next save tries again",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+    def _unused(self, name: str) -> Path:
+        """What a directory is to be called that is going to be removed."""
+        names = (f".{name}{'.' * (number > 0)}{number or ''}.saving" for number in count())
+        return next(path for path in map(self.path.parent.joinpath, names) if not path.exists())
 
 
 def find(path: Path) -> Path:
@@ -131,6 +163,11 @@ def find(path: Path) -> Path:
     replaced = Place(path).replaced if path.name and not path.name.startswith(".") else path
     if not path.exists() and (replaced / MANIFEST).is_file():
         return replaced  # killed between two renames
+    if not (path / MANIFEST).is_file() and (path / INDEX).is_file():
+        raise RuntimeError(
+            f"load: {path} is a torch.distributed.checkpoint without the {MANIFEST} of a complete one of mics.save, "
+            f"expected that: {FOREIGN.format(path=path)}"
+        )
     if not (path / MANIFEST).is_file():
         there = "is not complete" if path.is_dir() and any(path.iterdir()) else "does not exist or is empty"
         raise RuntimeError(
@@ -142,19 +179,29 @@ def find(path: Path) -> Path:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file and bring it to the disk."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _siblings(folder: Path) -> list[tuple[int, str]]:
-    """Number and name of the checkpoints in a folder; what has no sound manifest is not ours to count or remove."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the disk say which file they are about, which those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _siblings(folder: Path) -> list[tuple[Path, Manifest]]:
+    """The checkpoints in a folder; what has no sound manifest is not ours to count or remove."""
     found = []
     for path in folder.glob("[!.]*/" + MANIFEST):
         try:
-            found.append((Manifest.read(path.parent).number, path.parent.name))
-        except RuntimeError:  # damaged; loading it says so
+            found.append((path.parent, Manifest.read(path.parent)))
+        except (RuntimeError, OSError):  # damaged, or another's; loading it says so
             continue
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,11 +25,10 @@ _OF_METADATA = (
 """The classes of which an index has instances."""
 
 
-def read_index(path: Path) -> metadata.Metadata:
-    """The index of a checkpoint; a RuntimeError of one sentence if the file holds anything else."""
+def read_index(content: bytes, path: Path) -> metadata.Metadata:
+    """The index of a checkpoint, of this path; a RuntimeError of one sentence if it is anything else."""
     try:
-        with path.open("rb") as file:
-            found = _Index(file).load()
+        found = _Index(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"load: {path} is no index of a checkpoint, {error}: load another one, and do not trust where it came from"

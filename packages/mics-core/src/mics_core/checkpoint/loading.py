@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Cut, Name, own_name
 from mics_core.checkpoint.optimizer_state import Wanted
-from mics_core.checkpoint.random_numbers import restore
+from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
+from mics_core.checkpoint.runs import go_on_with
 from mics_core.checkpoint.saving import EXTRA, patient, wait_for_saves
 from mics_core.errors import ConfigError
 from mics_core.runtime import Runtime
@@ -37,7 +38,12 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
     leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
     the model. What is read goes to where it is used: no rank needs memory for more than its own state and a few boxes.
-    Load only what you trust: it holds pickles.
+    Beside a save that replaces or removes the checkpoint one of the two is loaded, whole, or all ranks raise before
+    memory is touched.
+
+    Nothing that a checkpoint holds is run. One that mics wrote when `extra` might hold any class loads if it holds only
+    plain data and tensors. Else the error names a class, and a load inside `with torch.serialization.safe_globals(...)`
+    takes the classes that this is given: save it again then.
     """
     runtime = registry.runtime_of(model, "load")
     world = patient(runtime.world)
@@ -49,10 +55,13 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
         return Stored(Path(path))
 
     stored = together(world, "load", look)
-    versions = exchange(world, "load", lambda: zlib.crc32(stored.manifest.render()))
+    versions = exchange(world, "load", lambda: hashlib.sha256(stored.manifest.render()).digest())
     odd = [rank for rank, version in enumerate(versions) if version != versions[0]]
     if odd:
-        raise ConfigError(f"load: ranks {odd} find another checkpoint than rank 0: give one path, on a shared disk")
+        raise ConfigError(
+            f"load: ranks {odd} find another checkpoint than rank 0: give one path, on a shared disk, or load again "
+            "if a save replaced it meanwhile"
+        )
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size))
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored))
@@ -76,7 +85,7 @@ class _Job:
         self._scale: dict[str, float] | None = about["loss_scale"]
         self._own: dict[str, Any] = {"random": {}, "buffers": {}}
         if about["ranks"] == runtime.world.size:
-            self._own = stored.read_object(own_name(runtime.world.rank))
+            self._own = stored.read_object(own_name(runtime.world.rank), of_numpy())
         self._settings: list[dict[str, Any]] = []
         self._wanted = Wanted({}, (), {})
         if optimizer is not None:
@@ -87,11 +96,12 @@ class _Job:
             self._wanted = optimizer_state.wanted(
                 runtime, optimizer, self._weights, dtypes, set(about["single_numbers"])
             )
+        buffers = {f"model.{name}": buffer for name, buffer in self._buffers.items()}
+        self._fill = stored.planned([*self._weights.values(), *self._wanted.cuts], buffers | self._wanted.wholes)
 
     def read(self) -> None:
         """Overwrite the masters, the buffers and the optimizer's state."""
-        buffers = {f"model.{name}": buffer for name, buffer in self._buffers.items()}
-        self._stored.read([*self._weights.values(), *self._wanted.cuts], buffers | self._wanted.wholes)
+        self._fill()
         for name, value in self._own["buffers"].items():
             self._buffers[name].copy_(value)
 
@@ -104,6 +114,7 @@ class _Job:
         if self._runtime.conductor.scaling is not None and self._scale is not None:
             self._runtime.conductor.scaling.restore(self._scale)
         restore(self._own["random"], self._runtime.world.device)
+        go_on_with(self._runtime, self._stored.manifest.runs)
 
 
 def _check_model(

@@ -1,7 +1,7 @@
 """The manifest: which files make a checkpoint, how long they are, their checksums. Without it there is no checkpoint.
 
 Checksums are CRC-32: on the machines at hand 4.5 GB/s, where SHA-256 makes 1.3 and disks 0.3 to 2. It finds every
-flipped bit and every short burst; it is no protection against an attacker, and neither is what the files hold, pickles.
+flipped bit and every short burst; it is no protection against an attacker.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+INDEX = ".metadata"
+"""Where torch.distributed.checkpoint says what lies where."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,17 @@ class Manifest:
     """Counts a folder's checkpoints up, so that the oldest is known."""
     files: dict[str, Entry]
     about: dict[str, Any]
-    """Ranks, sharding, precision, optimizer, loss scale."""
+    """Ranks, sharding, precision, optimizer, loss scale, runs."""
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The run that wrote it, after those which that one was loaded from; without a name in old ones."""
+        return tuple(self.about.get("runs", ("",)))
+
+    @property
+    def run(self) -> str:
+        """The run that wrote it."""
+        return self.runs[-1]
 
     def render(self) -> bytes:
         """The file's only possible content: reading compares with it, so every changed bit is found."""
@@ -43,8 +55,11 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read and check it; a RuntimeError if it is damaged."""
-        path = folder / MANIFEST
-        content = path.read_bytes()
+        return cls.parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> Manifest:
+        """Check what a file holds; a RuntimeError if it is damaged."""
         try:
             body = json.loads(content)
             version = body["format"]
@@ -61,9 +76,14 @@ class Manifest:
 
 def measure(path: Path) -> Entry:
     """A file's length and checksum."""
-    length = checksum = 0
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            length += len(block)
-            checksum = zlib.crc32(block, checksum)
+        return measured(file)
+
+
+def measured(file: IO[bytes]) -> Entry:
+    """The same of an open file."""
+    length = checksum = 0
+    while block := file.read(1 << 22):
+        length += len(block)
+        checksum = zlib.crc32(block, checksum)
     return Entry(length, checksum)

@@ -16,8 +16,19 @@ def random_state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
+        states["numpy"] = _without_arrays(sys.modules["numpy"].random.get_state(legacy=False))
     return states
+
+
+def of_numpy() -> list[Any]:
+    """What makes the arrays that the states of numpy held when they were saved as numpy gives them."""
+    try:
+        import numpy
+    except ImportError:
+        return []
+    make = numpy.empty(0).__reduce__()[0]
+    makers = [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return [*makers, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType]
 
 
 def restore(states: Mapping[str, Any], device: torch.device) -> None:
@@ -32,3 +43,9 @@ def restore(states: Mapping[str, Any], device: torch.device) -> None:
         import numpy  # here, because only who used it has it
 
         numpy.random.set_state(states["numpy"])
+
+
+def _without_arrays(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {key: _without_arrays(value) for key, value in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state

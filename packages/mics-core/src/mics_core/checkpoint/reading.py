@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,8 +28,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.checkpoint.folder import find
 from mics_core.checkpoint.index import read_index
-from mics_core.checkpoint.manifest import Manifest, measure
-from mics_core.checkpoint.writing import INDEX
+from mics_core.checkpoint.manifest import INDEX, MANIFEST, Entry, Manifest, measured
+from mics_core.checkpoint.opened import Opened
+from mics_core.checkpoint.plain import unpacked
 
 _THREADS = 4
 """What is read is copied twice, so one thread is slower than a disk."""
@@ -37,14 +41,23 @@ class Stored:
 
     def __init__(self, path: Path) -> None:
         self.path = find(path)
-        self.manifest = Manifest.read(self.path)
-        self._check(INDEX, "which says where all parameters lie", checksum=True)
-        self._reader = _Reader(self.path)
-        self.metadata: Metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self.metadata, True)
+        self._opened = Opened(self.path)
+        with self._opened.stream(MANIFEST) as file:
+            self.manifest = Manifest.parse(file.read(), self.path / MANIFEST)
+        self._check(INDEX, lambda _: "which says where all parameters lie", checksum=True)
+        with self._opened.stream(INDEX) as file:
+            self.metadata: Metadata = read_index(file.read(), self.path / INDEX)
         self._places: dict[str, set[tuple[str, int]]] | None = None
         for name in self.manifest.files:
-            self._check(name, self._holds(name), checksum=False)
+            self._check(name, self._holds, checksum=False)
+        strange = {at.relative_path for at in self.metadata.storage_data.values()}.difference(self.manifest.files)
+        if strange:
+            raise RuntimeError(
+                f"load: {self.path / INDEX} names {min(strange)}, which {MANIFEST} does not: load another checkpoint"
+            )
+        self._reader = FileSystemReader(self.path)
+        self._reader.fs = _Files(self._opened)
+        self._reader.set_up_storage_reader(self.metadata, True)
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -55,26 +68,35 @@ class Stored:
     def verify(self, share: int, shares: int) -> None:
         """Raise if one of this share of the files does not have the checksum that it had when written."""
         for name in sorted(self.manifest.files)[share::shares]:
-            self._check(name, self._holds(name), checksum=True)
+            self._check(name, self._holds, checksum=True)
 
     def tied(self, name: str, other: str) -> bool:
         """Whether these are two names of the same bytes."""
         return self._bytes_of(name) == self._bytes_of(other)
 
-    def read_object(self, name: Name, *, plain: bool = False) -> Any:
-        """Something that was pickled; None if there is none. If it should be plain, nothing but tensors, numbers, texts
-        and collections of them is made, and what holds anything else raises a pickle.UnpicklingError.
-        """
+    def read_object(self, name: Name, also: Sequence[Any] = ()) -> Any:
+        """Something that was packed, None if there is none; `also` says what it may hold but plain data and tensors."""
         if not isinstance(self.metadata.state_dict_metadata.get(str(name)), BytesStorageMetadata):
             return None
         index = MetadataIndex(str(name))
         empty = torch.Size([0])
         objects: dict[str, io.BytesIO] = {}
         self._read([ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)], {}, objects)
-        return torch.load(objects[str(name)], map_location="cpu", weights_only=plain)
+        return unpacked(objects[str(name)], f"the {name} of {self.path}", also)
 
     def read(self, cuts: Iterable[Cut], wholes: Mapping[str, torch.Tensor]) -> None:
         """Fill what this rank holds of these tensors."""
+        self._read(*self._wanted(cuts, wholes), {})
+
+    def planned(self, cuts: Iterable[Cut], wholes: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        """The same, later: what is called then finds all files open that it needs, whoever removes them meanwhile."""
+        items, memory = self._wanted(cuts, wholes)
+        self._opened.hold({self.metadata.storage_data[item.storage_index].relative_path for item in items})
+        return partial(self._read, items, memory, {})
+
+    def _wanted(
+        self, cuts: Iterable[Cut], wholes: Mapping[str, torch.Tensor]
+    ) -> tuple[list[ReadItem], dict[MetadataIndex, torch.Tensor]]:
         items: list[ReadItem] = []
         memory: dict[MetadataIndex, torch.Tensor] = {}
         for cut in cuts:
@@ -85,7 +107,7 @@ class Stored:
             named = {MetadataIndex(name, (0,) * tensor.dim()): tensor}
             items += self._items(name, named)
             memory |= named
-        self._read(items, memory, {})
+        return items, memory
 
     def whole(self, name: str) -> torch.Tensor:
         """One tensor."""
@@ -122,18 +144,21 @@ class Stored:
         first = next((name for name in names if name.startswith("model.")), names[0] if names else "nothing")
         return f"which holds {first}" + (f" and {len(names) - 1} others" if len(names) > 1 else "")
 
-    def _check(self, name: str, holds: str, *, checksum: bool) -> None:
-        path, entry = self.path / name, self.manifest.files[name]
-        size = path.stat().st_size if path.is_file() else None
+    def _check(self, name: str, holds: Callable[[str], str], *, checksum: bool) -> None:
+        entry, size = self.manifest.files[name], self._opened.size(name)
         if size is None:
             trouble = "is missing"
         elif size != entry.bytes:
             trouble = f"has {size} bytes, expected {entry.bytes}"
-        elif checksum and measure(path) != entry:
+        elif checksum and self._measured(name) != entry:
             trouble = "has another checksum than when it was written"
         else:
             return
-        raise RuntimeError(f"load: {path}, {holds}, {trouble}: load another checkpoint")
+        raise RuntimeError(f"load: {self.path / name}, {holds(name)}, {trouble}: load another checkpoint")
+
+    def _measured(self, name: str) -> Entry:
+        with self._opened.stream(name) as file:
+            return measured(file)
 
 
 class _Planner(DefaultLoadPlanner):
@@ -151,11 +176,16 @@ class _Planner(DefaultLoadPlanner):
         self._objects[read_item.dest_index.fqn] = value
 
 
-class _Reader(FileSystemReader):
-    """Reads the index as one that an attacker may have written."""
+class _Files(FileSystem):
+    """The files of an opened directory, by their names in it."""
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        found = read_index(Path(self.path) / INDEX)
-        if found.storage_meta is not None:
-            found.storage_meta.load_id = self.load_id
-        return found
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:  # noqa: ARG002
+        return suffix
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # noqa: ARG002
+        with self._opened.stream(str(path)) as stream:
+            yield cast(io.IOBase, stream)

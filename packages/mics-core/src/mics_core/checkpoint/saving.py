@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -19,12 +18,14 @@ from torch.optim import Optimizer
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
-from mics_core.checkpoint.contents import Contents, Name, pickled
+from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place
 from mics_core.checkpoint.host_memory import copies
-from mics_core.checkpoint.manifest import Manifest
+from mics_core.checkpoint.manifest import INDEX, Manifest
+from mics_core.checkpoint.plain import digest, packed
 from mics_core.checkpoint.random_numbers import random_state
-from mics_core.checkpoint.writing import INDEX, Written, write, write_index
+from mics_core.checkpoint.runs import runs_of
+from mics_core.checkpoint.writing import Written, write, write_index
 from mics_core.comm import World
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.runtime import Runtime
@@ -96,15 +97,19 @@ def save(
 
     It holds the master weights, frozen parameters and persistent buffers (each rank's, where they differ), the
     optimizer's state, the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank,
-    and `extra`: what can be pickled, such as `scheduler=scheduler.state_dict()`, of which rank 0's is written. It holds
-    no gradients, so call it after the step.
+    and `extra`, such as `scheduler=scheduler.state_dict()`: tensors, numbers, texts, bytes, and lists, tuples, sets and
+    dictionaries of them, which loading reads without running code. numpy's numbers become Python's; anything else
+    raises. `extra` is the same on all ranks, or None on those where rank 0's is meant: slices of parameters are not, so
+    for an average of weights copy the model before mics.shard, shard both, and save the copy to a path of its own. It
+    holds no gradients, so call it after the step.
 
     background: copy what this rank writes to host memory, which it keeps for the next such save, and return while a
         thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
         next save, or by `wait()` of what this returns: call it at the end, because a process that ends can only print
         it.
-    keep: remove all but so many of the newest checkpoints beside this one, once it is complete. What cannot be removed
-        is a warning: the new checkpoint is there.
+    keep: once it is complete, remove all but so many of the newest checkpoints beside it that are of this run, or of
+        one that it was loaded from. A run is what becomes of a model after mics.shard: other trainings in the folder
+        lose nothing, and neither does a training that began anew. What cannot be removed is a warning in every save.
 
     Other tools read it as a torch.distributed.checkpoint: `python -m torch.distributed.checkpoint.format_utils
     dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
@@ -113,7 +118,7 @@ def save(
     world, rungs = patient(runtime.world), runtime.ladder.rungs
     contents: list[Contents] = []
 
-    def collect() -> tuple[tuple[str, int | None, bool], bytes]:
+    def collect() -> tuple[tuple[str, int | None, bool], bytes, dict[str, str]]:
         runtime.rest("save")
         wait_for_saves()
         runtime.wait()
@@ -125,21 +130,31 @@ def save(
         if background:
             found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
-        return (str(place.path), keep, background), model_state.hash_of(model_state.buffers(model, "save"))
+        hashed = model_state.hash_of(model_state.buffers(model, "save"))
+        digests = {name: digest(value) for name, value in extra.items() if value is not None}
+        return (str(place.path), keep, background), hashed, digests
 
     answers = exchange(world, "save", collect)
-    requests = [request for request, _ in answers]
+    requests = [request for request, _, _ in answers]
     if any(request != requests[0] for request in requests):
         odd = next(rank for rank, request in enumerate(requests) if request != requests[0])
         raise ConfigError(
             f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
             "everywhere"
         )
+    _check_extra([digests for _, _, digests in answers])
     own = {"random": random_state(runtime.world.device), "buffers": {}}
-    if len({hashed for _, hashed in answers}) > 1:
+    if len({hashed for _, hashed, _ in answers}) > 1:
         own["buffers"] = model_state.buffers(model, "save")
     about = _about(runtime, optimizer, contents[0], sorted(extra))
-    job = _Job(Place(Path(path).absolute()), replace(contents[0], own=pickled(own)), rungs, world.rank, keep, about)
+    job = _Job(
+        Place(Path(path).absolute()),
+        replace(contents[0], own=packed(own, "this rank's state")),
+        rungs,
+        world.rank,
+        keep,
+        about,
+    )
     together(world, "save", job.prepare)
     saving = Saving(job, world, background=background)
     if background:
@@ -179,15 +194,7 @@ class _Job:
         with self.claim:
             self._write_and_publish(world)
             if self.rank == 0:  # no rank waits for what is removed
-                try:
-                    self.place.tidy(self.keep)
-                except OSError as error:
-                    warnings.warn(
-                        f"save: {self.place.path} is complete, but {error.filename} could not be removed: "
-                        f"{error.strerror}; the next save tries again",
-                        RuntimeWarning,
-                        stacklevel=1,
-                    )
+                self.place.tidy(self.keep, self.about["runs"])
 
     def _write_and_publish(self, world: World) -> None:
         def write_mine() -> Written:
@@ -214,6 +221,18 @@ class _Job:
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
 
 
+def _check_extra(digests: list[dict[str, str]]) -> None:
+    for rank, theirs in enumerate(digests):
+        for name in sorted(theirs):
+            if theirs[name] != digests[0].get(name):
+                raise ConfigError(
+                    f"save: {name} is not the same on rank {rank} as on rank 0, which alone is saved, expected it "
+                    f"alike on all ranks: pass {name}=None on the others if rank 0's is meant, a list of all ranks' if "
+                    "each is needed; for slices of parameters copy the model before mics.shard, shard both, and save "
+                    "the copy to a path of its own"
+                )
+
+
 def _check_gradients(runtime: Runtime) -> None:
     waiting = runtime.reducer.unstepped()
     if waiting:
@@ -227,14 +246,14 @@ def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, ex
     weights = model_state.weights(runtime)
     cuts = list(weights.values())
     wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model, "save").items()}
-    objects = {EXTRA: pickled(extra)}
+    objects = {EXTRA: packed(extra, "extra")}
     numbers: frozenset[str] = frozenset()
     if optimizer is not None:
         state = optimizer_state.collect(runtime, optimizer, weights)
         cuts += state.cuts
         wholes |= state.wholes
         numbers = state.numbers
-        objects[optimizer_state.GROUPS] = pickled(state.groups)
+        objects[optimizer_state.GROUPS] = packed(state.groups, str(optimizer_state.GROUPS))
     return Contents(tuple(cuts), wholes, objects, model_state.aliases(model), numbers)
 
 
@@ -250,5 +269,6 @@ def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents, ex
         "single_numbers": sorted({name.keys[-1] for name in contents.wholes if name.keys[0] == "optimizer"}),
         "python_numbers": sorted(contents.numbers),
         "extra": extra,
+        "runs": runs_of(runtime),
         "torch": str(torch.__version__),
     }

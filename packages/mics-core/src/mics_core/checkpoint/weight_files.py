@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mics_core.checkpoint.folder import FOREIGN
+from mics_core.checkpoint.manifest import INDEX as DCP_INDEX
+from mics_core.checkpoint.manifest import MANIFEST
 from mics_core.checkpoint.safetensors import Files
 from mics_core.errors import ConfigError
 
@@ -23,9 +26,14 @@ def open_weights(path: str | Path) -> Mapping[str, Tensor]:
     if path.is_dir():
         there = [name for name in (SINGLE, INDEX) if (path / name).is_file()]
         if len(there) != 1:
+            remedy = "name the file"
+            if (path / MANIFEST).is_file():
+                remedy = f"it is a checkpoint of mics.save, so run `mics export {path} {SINGLE}`, or use mics.load"
+            elif (path / DCP_INDEX).is_file():
+                remedy = FOREIGN.format(path=path)
             raise ConfigError(
                 f"load_weights: the folder {path} has {' and '.join(there) or 'neither'}, expected {SINGLE} or "
-                f"{INDEX}: name the file"
+                f"{INDEX}: {remedy}"
             )
         path /= there[0]
     if not path.is_file():

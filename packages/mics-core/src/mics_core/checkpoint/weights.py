@@ -130,9 +130,19 @@ class _Job:
         return [name for name in target.names if name in self._given.names]
 
 
+_USUAL = frozenset({"model", "module", "state_dict", "model_state_dict"})
+"""What programs call the weights among other things that they save."""
+
+
 def _check_names(targets: list[_Target], given: _Given) -> None:
     for target in targets:
         if given.names.isdisjoint(target.names):
+            for key in sorted(given.names & _USUAL):
+                if isinstance(given.tensors[key], Mapping):
+                    raise ConfigError(
+                        f"load_weights: {given.called} has a dictionary under {key!r}, expected tensors by their "
+                        f"names: give torch.load(FILE, mmap=True)[{key!r}]"
+                    )
             raise ConfigError(
                 f"load_weights: {' or '.join(target.names)} is missing in {given.called}, expected all weights and "
                 "buffers of the model: give those of this model"

@@ -31,11 +31,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from mics_core.checkpoint.boxes import Box
 from mics_core.checkpoint.contents import Contents, Cut, Name, own_name
-from mics_core.checkpoint.folder import write_durably
-from mics_core.checkpoint.manifest import Entry, measure
+from mics_core.checkpoint.folder import naming, write_durably
+from mics_core.checkpoint.manifest import INDEX, Entry, measure
 from mics_core.topology import Rungs
 
-INDEX = ".metadata"
 _LARGE = 1 << 18  # bytes that are worth another thread, which adds them up while they are written
 _AHEAD = 1 << 26  # bytes after which the disk is set to work: all at the end would take it as long again
 
@@ -65,7 +64,7 @@ def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> Written:
     writer = FileSystemWriter(folder)
     writer.fs = files
     plan = writer.prepare_global_plan([SavePlan([])] * rank + [SavePlan(items)])[rank]
-    with _no_second_checksum():
+    with _no_second_checksum(), naming(folder / f"__{rank}_0.distcp"):
         results = {result.index: result for result in writer.write_data(plan, _Planner(data)).value()}
     ordered = [results[item.index] for item in items]
     spans = array("q", [number for r in ordered for number in (r.storage_data.offset, r.storage_data.length)])
