@@ -165,7 +165,9 @@ def test_ranks_that_are_told_different_things_refuse_to_begin(warm: WarmRanks) -
 def test_a_mistake_that_one_rank_alone_was_told_is_refused_by_all(warm: WarmRanks, tmp_path: Path) -> None:
     done = warm.run([], [str(tmp_path / "missing.toml")])
     assert done.statuses == [2, 2]
-    assert re.fullmatch(r"pretrain: on rank 1: .*No such file or directory.*missing\.toml'\n", done.stderr)
+    assert re.fullmatch(
+        r"pretrain: on rank 1: .*missing\.toml is not there, expected a file of settings: .*\n", done.stderr
+    )
 
 
 def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(warm: WarmRanks, tmp_path: Path) -> None:
