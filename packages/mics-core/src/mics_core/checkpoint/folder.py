@@ -24,6 +24,7 @@ from mics_core.checkpoint.manifest import MANIFEST, Manifest
 from mics_core.errors import ConfigError
 
 LATEST = "latest"
+_OF_A_RUN = "checkpoints"  # where a run's folder has them
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -119,9 +120,11 @@ class Place:
 
 
 def find(path: Path) -> Path:
-    """The directory of a checkpoint, given itself, a folder whose `latest` names one, or that file."""
+    """The directory of a checkpoint, given itself, a folder whose `latest` names one, that file, or a run's folder."""
     if path.name == LATEST and path.is_file():
         path = path.parent
+    if not (path / MANIFEST).is_file() and (path / _OF_A_RUN / LATEST).is_file():
+        path = path / _OF_A_RUN
     pointer = path / LATEST
     if not (path / MANIFEST).is_file() and pointer.is_file():
         name = pointer.read_text(errors="replace").strip()
@@ -134,8 +137,8 @@ def find(path: Path) -> Path:
     if not (path / MANIFEST).is_file():
         there = "is not complete" if path.is_dir() and any(path.iterdir()) else "does not exist or is empty"
         raise RuntimeError(
-            f"load: the checkpoint {path} {there}, expected a directory with a {MANIFEST}, or one whose {LATEST} names "
-            "such: give another path"
+            f"load: the checkpoint {path} {there}, expected a directory with a {MANIFEST}, or one whose {LATEST} or "
+            f"{_OF_A_RUN}/{LATEST} names such: give another path"
         )
     return path
 
