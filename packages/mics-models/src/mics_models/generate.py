@@ -16,6 +16,7 @@ from mics_core.checkpoint import read_weights
 from mics_models.data import load, standard_library
 from mics_models.gpt import GPT, GPTConfig
 from mics_models.sampling import sample
+from mics_models.sentences import sentence
 from mics_models.training import settings
 from mics_models.training.batches import configure
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompt = corpus.encode(chosen.prompt)
         tokens = sample(model, prompt, chosen.tokens, temperature=chosen.temperature, seed=chosen.seed)
     except (ValueError, OSError) as error:
-        print(f"generate: {str(error).removeprefix('generate: ')}", file=sys.stderr)
+        print(f"generate: {sentence(error).removeprefix('generate: ')}", file=sys.stderr)
         return 2
     print(corpus.decode(tokens.cpu()))
     return 0

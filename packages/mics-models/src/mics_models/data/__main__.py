@@ -10,6 +10,7 @@ from pathlib import Path
 from mics_models.data.corpus import VOCAB
 from mics_models.data.prepare import LISTED, Settings, prepare
 from mics_models.data.prepared import SIDES, Manifest, load, verify
+from mics_models.sentences import sentence
 
 SHOWN = 200  # tokens
 
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("data: interrupted; the same prepare goes on where this one was", file=sys.stderr)
         return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(error, file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
 
 
