@@ -23,7 +23,7 @@ def told(draw: st.DrawFn) -> Settings:
     """Settings with some keys changed to other legal values."""
     changes: dict[str, Any] = {}
     if draw(st.booleans()):
-        changes["output"] = draw(st.text(st.characters(codec="utf-8"), min_size=1))
+        changes["output"] = draw(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
     for name in ("batch", "optimizer", "schedule", "log"):
         section = getattr(Settings(), name)
         for each in fields(section):
@@ -93,6 +93,7 @@ def test_the_command_line_goes_over_the_file() -> None:
         ("optimizer.eps=nan", "optimizer.eps is nan, expected a number that a machine can count with"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0, expected 0 or more"),
         ("optimizer.lr=inf", "optimizer.lr is inf, expected a number that a machine can count with"),
+        ("output=a\0b", r"output is 'a\\x00b', expected a path, without a zero byte"),
         ("seed=-1", "seed is -1, expected 0 or more"),
         ("seed=99999999999999999999", "seed is 99999999999999999999, expected a number that a machine"),
         ("schedule.steps=99999999999999999999", "schedule.steps is 9+, expected a number that a machine"),

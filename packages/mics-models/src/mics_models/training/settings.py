@@ -154,6 +154,11 @@ class Settings:
             for key in keys.split():
                 if not fits(_at(self, key)):
                     raise ValueError(f"settings: {key} is {_at(self, key)}, expected {expected}: change it")
+        for key in ("output", "data.folder", "model.weights"):
+            if "\0" in _at(self, key):
+                raise ValueError(
+                    f"settings: {key} is {_at(self, key)!r}, expected a path, without a zero byte: correct it"
+                )
         words = {
             "schedule.kind": ("cosine", "wsd"),
             "sharding.precision": ("fp32", "bf16", "fp16"),
