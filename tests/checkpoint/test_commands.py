@@ -198,6 +198,15 @@ def test_the_command_says_what_is_wrong_in_one_line(runs: Path, capsys: pytest.C
     assert not list(runs.glob("*.safetensors"))
 
 
+def test_an_output_that_cannot_be_written_is_told_in_one_sentence(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(runs), "/dev/null/model.safetensors"]) == 1
+    assert "export: /dev/null cannot be written: " in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert "Errno" not in error
+
+
 ENDS_EARLY = """
 import sys, threading, torch
 import mics_core as mics

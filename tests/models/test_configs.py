@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ def test_the_flops_are_those_that_torch_counts(config: GPTConfig | BERTConfig, s
             {"width": 12, "positions": "rotary"},
             "GPTConfig: a head is 3 wide, expected an even width to rotate in pairs: change heads",
         ),
+        (GPT2, {"init_std": -1.0}, "GPTConfig: init_std is -1.0, expected a finite number from 0 up: change it"),
+        (GPT2, {"norm_eps": math.nan}, "GPTConfig: norm_eps is nan, expected a finite number from 0 up: change it"),
+        (GPT2, {"rotary_base": 0.0}, "GPTConfig: rotary_base is 0.0, expected a finite number above 0: change it"),
+        (PAIRED, {"init_std": math.inf}, "BERTConfig: init_std is inf, expected a finite number from 0 up: change it"),
         (PAIRED, {"width": 33}, "BERTConfig: width 33 is no multiple of heads 4: change one of them"),
         (PAIRED, {"types": 0}, "BERTConfig: types is 0, expected at least 1: give it a size"),
     ],

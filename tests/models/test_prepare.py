@@ -66,6 +66,40 @@ def test_every_document_is_there_once_whole_in_order_and_on_its_side(tmp_path: P
         assert tokens[:, 1:].equal(targets[:, :-1])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_end_of_each_text_is_held_out_where_no_whole_one_would_be(
+    tmp_path: Path, settings: Settings, count: int
+) -> None:
+    candidates = [f"{number}: to be or not to be, größer und größer\n" * 400 for number in range(20)]
+    texts = [text for text in candidates if not is_held_out(text.encode(), 4)][:count]
+    paths = [tmp_path / f"{number}{'.md' if number % 2 else '.txt'}" for number in range(count)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    said: list[str] = []
+    prepare(paths, tmp_path / "out", settings, said.append)
+    assert said[0] == "too few documents to hold a whole one out: the last 1/4 of each is held out"
+    for kept, ends, text in zip(*documents(tmp_path / "out"), texts, strict=True):
+        assert kept + ends == text
+        assert len(ends) == len(text) // 4
+    prepare(paths, tmp_path / "out", settings, said.append)
+    assert said[-1].startswith(f"0 of {count} parts to make")
+    more = tmp_path / "more.txt"
+    more.write_text(next(text for text in TEXTS if is_held_out(text.encode(), 4)))
+    with pytest.raises(
+        ValueError, match=r"was begun with --held-out 4 \(the end of each\), got --held-out 4, expected"
+    ):
+        prepare([*paths, more], tmp_path / "out", settings)
+
+
+def test_a_tokenizer_is_not_trained_on_ends_that_are_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("to be or not to be\n" * 750 + "qxqxqx" * 790)
+    prepare([path], tmp_path / "out", Settings(held_out=4, vocab=300))
+    words = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "be" in words
+    assert not [word for word in words if "qx" in word]
+
+
 def test_small_files_share_a_part(
     tmp_path: Path, inputs: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,9 +136,13 @@ def test_what_cannot_be_read_is_refused_before_any_work(tmp_path: Path, inputs: 
     (tmp_path / "a.csv").touch()
     (tmp_path / "empty").mkdir()
     for name, error, sentence in [
-        ("a.csv", ValueError, r"a\.csv is no \.txt, \.jsonl, \.parquet file, expected one of these: convert it"),
+        ("a.csv", ValueError, r"a\.csv is no \.txt, \.md, \.jsonl, \.parquet file, expected one of these: convert it"),
         ("b.txt", FileNotFoundError, r"b\.txt does not exist, expected a file or a folder: correct the name"),
-        ("empty", ValueError, r"the folder .*empty has no \.txt, \.jsonl, \.parquet file, expected some: name another"),
+        (
+            "empty",
+            ValueError,
+            r"the folder .*empty has no \.txt, \.md, \.jsonl, \.parquet file, expected some: name another",
+        ),
         ("in/0.jsonl", ValueError, r"0\.jsonl and .*0\.jsonl are one file, expected each once: name it once"),
     ]:
         with pytest.raises(error, match=sentence):

@@ -1,5 +1,6 @@
 """What a run is told: files, changes on the command line, and what is said of mistakes."""
 
+import pickle
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ def told(draw: st.DrawFn) -> Settings:
     """Settings with some keys changed to other legal values."""
     changes: dict[str, Any] = {}
     if draw(st.booleans()):
-        changes["output"] = draw(st.text(st.characters(codec="utf-8"), min_size=1))
+        changes["output"] = draw(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
     for name in ("batch", "optimizer", "schedule", "log"):
         section = getattr(Settings(), name)
         for each in fields(section):
@@ -72,7 +73,7 @@ def test_the_command_line_goes_over_the_file() -> None:
         ("batch.sequence=3", r"batch.sequence is unknown, did you mean batch.seq\?"),
         ("shedule.steps=3", r"shedule is unknown, did you mean schedule\?"),
         ("batch=3", "batch is 3, expected a table of keys"),
-        ("batch.seq=short", "batch.seq is 'short', expected a value like 128: write a int"),
+        ("batch.seq=short", "batch.seq is 'short', expected a value like 128: write a whole number"),
         ("batch.seq=1.5", "batch.seq is 1.5, expected a value like 128"),
         ("model.compile=1", "model.compile is 1, expected a value like False"),
         ("batch.seq.more=1", "batch.seq is {'more': 1}, expected a value like 128"),
@@ -85,6 +86,18 @@ def test_the_command_line_goes_over_the_file() -> None:
         ("checkpoint.resume=always", "expected the folder of the run to go on with"),
         ("evaluation.prompt=", "evaluation.prompt empty"),
         ("data.masked=0", "data.masked is 0"),
+        ("optimizer.beta1=-1", "optimizer.beta1 is -1.0, expected from 0 to below 1"),
+        ("optimizer.beta2=1", "optimizer.beta2 is 1.0, expected from 0 to below 1"),
+        ("optimizer.beta2=inf", "optimizer.beta2 is inf, expected a number that a machine can count with"),
+        ("optimizer.eps=-1", "optimizer.eps is -1.0, expected 0 or more"),
+        ("optimizer.eps=nan", "optimizer.eps is nan, expected a number that a machine can count with"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0, expected 0 or more"),
+        ("optimizer.lr=inf", "optimizer.lr is inf, expected a number that a machine can count with"),
+        ("output=a\0b", r"output is 'a\\x00b', expected a path, without a zero byte"),
+        ("seed=-1", "seed is -1, expected 0 or more"),
+        ("seed=99999999999999999999", "seed is 99999999999999999999, expected a number that a machine"),
+        ("schedule.steps=99999999999999999999", "schedule.steps is 9+, expected a number that a machine"),
+        ("log.peak_tflops=-1", "log.peak_tflops is -1.0, expected 0 or more"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_says_what_to_do(change: str, sentence: str) -> None:
@@ -93,9 +106,29 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(change: str, sentence: s
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_no_toml_is_named() -> None:
-    with pytest.raises(ValueError, match=r"told.toml is no TOML .*, expected tables of keys"):
-        through_file("[batch\n")
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[batch\n", r"told.toml is no TOML .*, expected tables of keys"),
+        (b"\xff\xfe", r"told.toml is no TOML .*, expected tables of keys"),
+        (pickle.dumps({"seed": 1}), r"told.toml is no TOML .*, expected tables of keys"),
+        (b"[optimiser]\nlr = 1", r"optimiser is unknown, did you mean optimizer\?"),
+        (b"[optimizer]\nlearning = 1", "optimizer.learning is unknown"),
+        (b"steps = 3", "steps is unknown"),
+        (b"batch = 3", "batch is 3, expected a table of keys"),
+        (b"[[batch]]\nseq = 3", "batch is .*, expected a table of keys"),
+        (b"[optimizer]\neps = nan", "optimizer.eps is nan"),
+        (b"[model]\nconfig = 3", "model.config is 3, expected a value like {}: write a table"),
+        (None, r"told.toml is not there, expected a file of settings"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "told.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=sentence) as raised:
+        read(file, ())
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +136,11 @@ def test_a_file_that_is_no_toml_is_named() -> None:
     [
         (ModelSettings("gpt-124m"), r"'gpt-124m', an unknown model, did you mean gpt2-124m\?"),
         (ModelSettings(config={"layers": "two"}), "model.config.layers is 'two', expected a value like 4"),
+        (
+            ModelSettings(config={"init_std": float("nan")}),
+            "model.config.init_std is nan, expected a number that a machine",
+        ),
+        (ModelSettings(config={"init_std": -1.0}), "init_std is -1.0, expected a finite number from 0 up"),
         (ModelSettings(config={"layer": 2}), r"model.config.layer is unknown, did you mean layers\?"),
     ],
 )

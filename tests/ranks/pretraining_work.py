@@ -70,14 +70,15 @@ def start(told: Settings) -> dict[str, torch.Tensor]:
 
 
 def tell_news() -> tuple[object, ...]:
-    """A bad loss on rank 1 in micro-step 2, and a wish to leave on rank 0."""
+    """A bad loss on rank 1 in micro-step 2, a bad norm there alone, and a wish to leave on rank 0."""
     rank = dist.get_rank()
     exchange = Exchange(torch.device("cpu"))
     losses = torch.tensor([1.0, 2.0, float("nan") if rank == 1 else 3.0])
-    exchange.send(losses, torch.tensor(1.0), Stop.SIGNAL if rank == 0 else Stop.TIME)
+    norm = torch.tensor(float("inf") if rank == 1 else 1.0)
+    exchange.send(losses, norm, Stop.SIGNAL if rank == 0 else Stop.TIME)
     news = exchange.read()
     assert news is not None
-    return news.bad, news.stop
+    return news.bad, news.norm, news.stop
 
 
 def refuse(how: str) -> str:

@@ -1,5 +1,6 @@
 """Reference models learn the same under every sharding as in one process of plain PyTorch."""
 
+import math
 from functools import cache
 from itertools import combinations_with_replacement
 
@@ -64,8 +65,8 @@ def test_packed_documents_have_the_losses_of_plain_pytorch(pool: Pool, name: str
     assert plain(name, packed=True) != plain(name, packed=False)
 
 
-def test_all_ranks_hear_which_loss_was_bad_and_that_one_wants_to_leave(pool: Pool) -> None:
-    assert pool.run(2, work.tell_news) == [(((2, 1),), Stop.SIGNAL)] * 2
+def test_all_ranks_hear_which_loss_and_norm_was_bad_and_that_one_wants_to_leave(pool: Pool) -> None:
+    assert pool.run(2, work.tell_news) == [(((2, 1),), math.inf, Stop.SIGNAL)] * 2
 
 
 def test_a_mistake_on_one_rank_is_refused_by_all(pool: Pool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mics_models.data.prepare import Settings, prepare
 from mics_models.training import journal
 from warm_ranks import ENVIRONMENT, Done, WarmRanks
 
@@ -59,8 +60,9 @@ def test_a_run_says_its_plan_and_leaves_all_that_it_promised(whole: tuple[Path, 
     for name in ("model", "data", "ranks", "sharding", "memory", "traffic", "batch", "schedule"):
         assert re.search(rf"^{name} ", said, re.M), said
     assert re.search(
-        r"step 12/12  loss \d\.\d+  held out \d\.\d+  norm .* tokens/s  MFU .*compute \d+%, exposed \d+%, optimizer",
+        r"^step 12/12  loss \d\.\d+  held out \d\.\d+  norm \S+  \S+ tokens/s  exposed \d+%  MFU \S+  ETA \S+$",
         said,
+        re.M,
     )
     assert "a sample:\n\ndef " in said
     assert re.search(r"^held-out loss \d\.\d+ nats a token \(a uniform guess: 5.545\) after 12 steps", said, re.M)
@@ -90,6 +92,8 @@ def test_ranks_that_are_told_to_leave_save_and_go_on_as_if_nothing_had_been(
     assert left.stderr == ""
     stopped = re.search(r"stopped after (\d+) of 12 steps", left.stdout)
     assert stopped
+    told = f"-m mics_models.pretrain {folder}/settings.toml output={folder} checkpoint.resume=always"
+    assert f"; to go on:\n    torchrun --standalone --nproc-per-node 2 {told}\n" in left.stdout
     assert int(stopped[1]) == 8, "the wish is told with step 7 and heard behind step 8, between two reports"
     done = run(warm, *settings, "checkpoint.resume=always", ranks=2)
     assert done.statuses == [0, 0], done.stderr
@@ -155,6 +159,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its
     assert int(newest) == int(said[0])  # so many steps were finite
 
 
+def test_damaged_tokens_that_one_rank_finds_end_the_run_before_it_is_saved(warm: WarmRanks, tmp_path: Path) -> None:
+    text, data = tmp_path / "a.txt", tmp_path / "data"
+    text.write_text("to be or not to be\n" * 1000)
+    prepare([text], data, Settings(vocab=256))
+    file = data / "held_out" / "00000.tokens"  # the second file, so rank 1 reads it
+    file.write_bytes(file.read_bytes()[:-2] + b"\x07\0")
+    settings = (f"data.folder={data}", "schedule.steps=300", "checkpoint.every=0", f"output={tmp_path / 'run'}")
+    done = run(warm, *settings, ranks=2)
+    assert done.statuses == [2, 2]
+    sentence = r"pretrain: on rank 1: stopped after \d+ steps: token files: the tokens of .* are damaged, .*\n"
+    assert re.fullmatch(sentence, done.stderr)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_ranks_that_are_told_different_things_refuse_to_begin(warm: WarmRanks) -> None:
     done = warm.run(["seed=0"], ["seed=1"])
     assert done.statuses == [2, 2]
@@ -165,7 +183,9 @@ def test_ranks_that_are_told_different_things_refuse_to_begin(warm: WarmRanks) -
 def test_a_mistake_that_one_rank_alone_was_told_is_refused_by_all(warm: WarmRanks, tmp_path: Path) -> None:
     done = warm.run([], [str(tmp_path / "missing.toml")])
     assert done.statuses == [2, 2]
-    assert re.fullmatch(r"pretrain: on rank 1: .*No such file or directory.*missing\.toml'\n", done.stderr)
+    assert re.fullmatch(
+        r"pretrain: on rank 1: .*missing\.toml is not there, expected a file of settings: .*\n", done.stderr
+    )
 
 
 def test_a_run_whose_minutes_are_over_ends_as_a_whole_one(warm: WarmRanks, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Letters in the shape comments: B samples, T tokens of one, C width, H heads, D w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ class BERTConfig:
         for name in ("vocab", "context", "layers", "width", "heads", "hidden", "types"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BERTConfig: {name} is {getattr(self, name)}, expected at least 1: give it a size")
+        for name in ("init_std", "norm_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"BERTConfig: {name} is {getattr(self, name)}, expected a finite number from 0 up: change it"
+                )
         if self.width % self.heads:
             raise ValueError(f"BERTConfig: width {self.width} is no multiple of heads {self.heads}: change one of them")
 

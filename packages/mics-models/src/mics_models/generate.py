@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 
+from mics_core.checkpoint import read_weights
 from mics_models.data import load, standard_library
 from mics_models.gpt import GPT, GPTConfig
 from mics_models.sampling import sample
+from mics_models.sentences import sentence
 from mics_models.training import settings
 from mics_models.training.batches import configure
 
 
-def latest(run: Path) -> Path:
-    """The newest checkpoint of a run's folder."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
-        raise ValueError(f"generate: {run} has no checkpoint, expected the folder of a run: name one that has saved")
-    return run / "checkpoints" / pointer.read_text().strip()
-
-
 def load_model(config: GPTConfig, checkpoint: Path) -> GPT:
-    """The model with a checkpoint's weights, whole, in this process."""
+    """The model with a checkpoint's weights, whole, in this process. No pickle of it is run, and damage is found."""
     with torch.device("meta"):  # nothing is drawn that the checkpoint overwrites
         model = GPT(config)
-    model.to_empty(device="cpu")
-    with warnings.catch_warnings():  # it warns that it does what `no_dist` asks for
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        load_checkpoint({"model": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)  # in place
+    try:
+        model.load_state_dict(read_weights(checkpoint), assign=True)
+    except RuntimeError as error:  # torch's, of names and shapes, has several lines
+        raise ValueError(" ".join(str(error).split())) from error
     return model.eval()
 
 
@@ -51,19 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     try:
-        checkpoint = chosen.checkpoint or latest(chosen.run)
         told = settings.read(chosen.run / "settings.toml", ())
         config = configure(told.model)
         if not isinstance(config, GPTConfig):
             raise ValueError(f"generate: {told.model.name} restores masked tokens, expected a GPT: name a run of one")
-        if not (checkpoint / ".metadata").is_file():
-            raise ValueError(f"generate: {checkpoint} is no checkpoint, expected one of the run's: name it")
+        model = load_model(config, chosen.checkpoint or chosen.run).to("cuda" if torch.cuda.is_available() else "cpu")
         corpus = load(Path(told.data.folder)) if told.data.folder else standard_library()
-        model = load_model(config, checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
         prompt = corpus.encode(chosen.prompt)
         tokens = sample(model, prompt, chosen.tokens, temperature=chosen.temperature, seed=chosen.seed)
     except (ValueError, OSError) as error:
-        parser.error(str(error).removeprefix("generate: "))
+        print(f"generate: {sentence(error).removeprefix('generate: ')}", file=sys.stderr)
+        return 2
     print(corpus.decode(tokens.cpu()))
     return 0
 

@@ -50,6 +50,15 @@ class GPTConfig:
         for name in ("vocab", "context", "layers", "width", "heads", "kv_heads", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}, expected at least 1: give it a size")
+        for name in ("init_std", "norm_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"GPTConfig: {name} is {getattr(self, name)}, expected a finite number from 0 up: change it"
+                )
+        if not 0 < self.rotary_base < math.inf:
+            raise ValueError(
+                f"GPTConfig: rotary_base is {self.rotary_base}, expected a finite number above 0: change it"
+            )
         for name, allowed in (
             ("norm", ("layer", "rms")),
             ("positions", ("learned", "rotary")),

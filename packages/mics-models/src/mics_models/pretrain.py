@@ -26,12 +26,13 @@ from mics_models.hf import from_hf_lazily
 from mics_models.training import journal, plan, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
-from mics_models.training.run import Run, Saves
+from mics_models.training.run import Run
 from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings
 from mics_models.training.stopwatch import Stopwatch
 from mics_models.training.together import Refused, agree, everyone, together
+from mics_models.training.trains import Saves
 
 HELP = f"""usage: python -m mics_models.pretrain [FILE.toml] [table.key=value ...]
 

@@ -2,5 +2,6 @@
 
 from mics_core.checkpoint.loading import load
 from mics_core.checkpoint.saving import Saving, save
+from mics_core.checkpoint.whole import read_weights
 
-__all__ = ["Saving", "load", "save"]
+__all__ = ["Saving", "load", "read_weights", "save"]

@@ -56,14 +56,19 @@ def export(
     rename, beside = (_as_ours, {}) if naming is None else naming(_extra(stored))
     model = _Model(stored, dtype, rename)
     entries = model.entries()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".pt":
-        _write_state_dict(out, dict(zip((entry.name for entry in entries), model.tensors(), strict=True)))
-        paths = [out]
-    else:
-        paths = _write_safetensors(out, entries, model.tensors(), shard_bytes)
-    for name, text in beside.items():
-        write_durably(out.with_name(name), text.encode())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".pt":
+            _write_state_dict(out, dict(zip((entry.name for entry in entries), model.tensors(), strict=True)))
+            paths = [out]
+        else:
+            paths = _write_safetensors(out, entries, model.tensors(), shard_bytes)
+        for name, text in beside.items():
+            write_durably(out.with_name(name), text.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"export: {error.filename or out} cannot be written: {error.strerror}: choose another output, or make room"
+        ) from error
     return paths
 
 

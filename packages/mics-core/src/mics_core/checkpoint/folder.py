@@ -33,6 +33,7 @@ FOREIGN = (
     "mics.load_weights(torch.load('all.pt', mmap=True)['model'], model) if its model was saved as 'model'"
 )
 """What to do with a torch.distributed.checkpoint that is not ours."""
+_OF_A_RUN = "checkpoints"  # where a run's folder has them
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -151,9 +152,11 @@ class Place:
 
 
 def find(path: Path) -> Path:
-    """The directory of a checkpoint, given itself, a folder whose `latest` names one, or that file."""
+    """The directory of a checkpoint, given itself, a folder whose `latest` names one, that file, or a run's folder."""
     if path.name == LATEST and path.is_file():
         path = path.parent
+    if not (path / MANIFEST).is_file() and (path / _OF_A_RUN / LATEST).is_file():
+        path = path / _OF_A_RUN
     pointer = path / LATEST
     if not (path / MANIFEST).is_file() and pointer.is_file():
         name = pointer.read_text(errors="replace").strip()
@@ -171,8 +174,8 @@ def find(path: Path) -> Path:
     if not (path / MANIFEST).is_file():
         there = "is not complete" if path.is_dir() and any(path.iterdir()) else "does not exist or is empty"
         raise RuntimeError(
-            f"load: the checkpoint {path} {there}, expected a directory with a {MANIFEST}, or one whose {LATEST} names "
-            "such: give another path"
+            f"load: the checkpoint {path} {there}, expected a directory with a {MANIFEST}, or one whose {LATEST} or "
+            f"{_OF_A_RUN}/{LATEST} names such: give another path"
         )
     return path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mics_models.data.corpus import VOCAB
 from mics_models.data.prepare import LISTED, Settings, prepare
 from mics_models.data.prepared import SIDES, Manifest, load, verify
+from mics_models.sentences import sentence
 
 SHOWN = 200  # tokens
 
@@ -29,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FILES",
-        help=".txt, a document a file; .jsonl, a document a line; .parquet, a document a row; folders of such files",
+        help=".txt, .md: a document a file; .jsonl: a document a line; .parquet: a document a row; folders of such",
     )
     making.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to make it")
     source = making.add_mutually_exclusive_group()
@@ -44,7 +45,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--start-token", default=default.start_token, help="of FILE, begins each document (%(default)s)"
     )
     making.add_argument("--field", default=default.field, help="the text in a .jsonl or .parquet (%(default)s)")
-    making.add_argument("--held-out", default=default.held_out, type=int, help="one document in so many (%(default)s)")
+    making.add_argument(
+        "--held-out",
+        default=default.held_out,
+        type=int,
+        help="one document in so many (%(default)s); of too few files of text the end of each",
+    )
     making.add_argument("--skip-bad", action="store_true", help="list what cannot be read, and go on")
     for name, what in (("verify", "read all of a folder and compare checksums"), ("show", "say what a folder holds")):
         commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.").add_argument(
@@ -106,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("data: interrupted; the same prepare goes on where this one was", file=sys.stderr)
         return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(error, file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Documents out of files: a .txt is one; a .jsonl has one a line, and a .parquet one a row, in one of their fields."""
+"""Documents out of files: a .txt or .md is one; a .jsonl has one a line, a .parquet one a row, in one of its fields."""
 
 from __future__ import annotations
 
@@ -149,5 +149,7 @@ def _line(error: Exception) -> str:
 ROWS = 256
 """Rows of a .parquet that are in memory at once."""
 
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS = {".txt": _read_txt, ".md": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 KINDS = ", ".join(READERS)
+WHOLE = tuple(kind for kind, reader in READERS.items() if reader is _read_txt)
+"""Kinds of files that are a document each."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mics_models.data.byte_tokens import Bytes
 from mics_models.data.corpus import HELD_OUT_SHARE, VOCAB, is_held_out
-from mics_models.data.inputs import Bad, Document, find, read
+from mics_models.data.inputs import WHOLE, Bad, Document, find, read
 from mics_models.data.prepared import (
     MANIFEST,
     SIDES,
@@ -55,6 +55,7 @@ class Settings:
     tokenizer: Path | None = None
     start_token: str = START
     skip_bad: bool = False
+    ends: bool = False  # the end of each document is held out, in place of whole ones: `prepare` finds out
 
     def __post_init__(self) -> None:
         if self.held_out < 2:
@@ -70,10 +71,22 @@ class Settings:
         """Whether each byte is a token."""
         return self.tokenizer is None and self.vocab == VOCAB
 
+    def sides(self, text: str) -> Iterator[tuple[str, str]]:
+        """What is on which side of a document's text: all of it on one, or a part on either."""
+        if not self.ends:
+            yield SIDES[is_held_out(text.encode(), self.held_out)], text
+            return
+        end = max(1, len(text) // self.held_out)
+        yield from zip(SIDES, (text[:-end], text[-end:]), strict=True)
+
 
 def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[[str], None] = print) -> Manifest:
     """Make the folder `out` of these files and folders, or go on with it, and return its manifest."""
-    plan = _planned(find(paths))
+    found = find(paths)
+    plan = _planned(found)
+    if _on_one_side(found, settings.held_out):
+        say(f"too few documents to hold a whole one out: the last 1/{settings.held_out} of each is held out")
+        settings = replace(settings, ends=True)
     for side in SIDES:
         (out / side).mkdir(parents=True, exist_ok=True)
     begin = _resume if (out / MANIFEST).exists() else _begin
@@ -88,6 +101,16 @@ def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[
             manifest.write(out)
     load(out)  # it refuses what cannot be trained on
     return manifest
+
+
+def _on_one_side(paths: Sequence[Path], share: int) -> bool:
+    """Whether files that are a document each would all be trained on, or all be held out."""
+    sides = set()
+    for path in paths if all(path.suffix in WHOLE for path in paths) else ():
+        sides.add(is_held_out(path.read_bytes(), share))
+        if len(sides) > 1:
+            break
+    return len(sides) == 1
 
 
 def _planned(paths: Iterable[Path]) -> Plan:
@@ -112,7 +135,7 @@ def _recorded(settings: Settings, tokenizer: str | None) -> dict[str, str | int 
     """The settings that decide which tokens come out."""
     return {
         "--field": settings.field,
-        "--held-out": settings.held_out,
+        "--held-out": f"{settings.held_out} (the end of each)" if settings.ends else settings.held_out,
         "--vocab": None if tokenizer else settings.vocab,
         "--start-token": None if settings.byte_level else settings.start_token,
         "--tokenizer": tokenizer,
@@ -178,8 +201,7 @@ def _training_texts(plan: Plan, settings: Settings, advance: Callable[[int], Non
         passed += source.size
         before = taken
         for document in _documents(source, settings, _Skipped()) if taken < share * passed else ():
-            if not is_held_out(document.text.encode(), settings.held_out):
-                yield document.text
+            yield from (text for side, text in settings.sides(document.text) if side == SIDES[0])
             taken = before + document.position
             if taken >= share * passed:
                 break
@@ -235,10 +257,10 @@ def _make(
         for source in sources:
             position = 0
             for document in _documents(source, settings, skipped):
-                side = SIDES[is_held_out(document.text.encode(), settings.held_out)]
-                documents[side] += 1
-                for number, text in enumerate(pieces(document.text)):
-                    yield _Piece(side, number == 0, text)
+                for side, text in settings.sides(document.text):
+                    documents[side] += 1
+                    for number, piece in enumerate(pieces(text)):
+                        yield _Piece(side, number == 0, piece)
                 advance(document.position - position)
                 position = document.position
             advance(source.size - position)

@@ -160,7 +160,7 @@ def load(folder: Path) -> Corpus:
     if not train_documents or not held_out_documents:
         raise ValueError(
             f"data: {folder} has {train_documents} documents to train on and {held_out_documents} held out, expected "
-            "some of each: prepare more documents (a .txt is one), or hold out a larger share with --held-out, in "
+            "some of each: prepare more documents, or hold out a larger share with --held-out, in "
             "another folder"
         )
     return Corpus(

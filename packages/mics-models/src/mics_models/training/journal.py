@@ -20,7 +20,7 @@ class Journal:
         kept = [row for row in read(folder) if row["step"] <= first]
         with replacing(folder / LOG) as file:
             file.write("".join(_line(row) for row in kept).encode())
-        self._file = (folder / LOG).open("a")
+        self._path = folder / LOG
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -29,8 +29,8 @@ class Journal:
 
     def write(self, row: Mapping[str, float]) -> None:
         """A report; `row["step"]` is the number of steps done."""
-        self._file.write(_line(row))
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(_line(row))
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":
@@ -38,7 +38,6 @@ class Journal:
 
     def close(self) -> None:
         """Write out what is left."""
-        self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -53,4 +52,7 @@ def read(folder: Path) -> list[dict[str, float]]:
     """The reports of a run so far. A last line that a kill cut short is left out."""
     path = folder / LOG
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}), expected JSON in each line: remove the line") from error

@@ -16,6 +16,7 @@ class Stop(IntEnum):
     NO = 0
     TIME = 1  # the minutes are over
     SIGNAL = 2
+    TROUBLE = 3  # something is wrong on a rank, which ends the run without a save
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,5 @@ class Exchange:
             if not math.isfinite(loss)
         )
         mean = sum(sum(row) / len(row) for row in losses) / len(losses)
-        return News(mean, bad, rows[0][-2], Stop(int(max(row[-1] for row in rows))))
+        norm = next((row[-2] for row in rows if not math.isfinite(row[-2])), rows[0][-2])  # all have the same
+        return News(mean, bad, norm, Stop(int(max(row[-1] for row in rows))))

@@ -6,68 +6,39 @@ It knows no runtime: whatever has the methods of `Trains` can be run.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from mics_models.bert import BERT
 from mics_models.data import Corpus
 from mics_models.gpt import GPT
 from mics_models.sampling import sample
+from mics_models.sentences import sentence
 from mics_models.training import journal
-from mics_models.training.batches import Batches, Config
 from mics_models.training.interrupts import Interrupts
 from mics_models.training.news import Exchange, News, Stop
 from mics_models.training.peak import Peak, peak
 from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
-from mics_models.training.settings import Settings, flatten
-from mics_models.training.stopwatch import Stopwatch
+from mics_models.training.settings import flatten
 from mics_models.training.together import Refused, everyone, together
+from mics_models.training.token_check import TokenCheck
+from mics_models.training.trains import Trains
 
 
-class Saves(Protocol):
-    """A save that may be under way."""
-
-    def wait(self) -> None:
-        """Return when it is complete; raise if it will not be."""
-
-
-class Trains(Protocol):
-    """A model with its optimizer and its batches, on all ranks."""
-
-    told: Settings
-    config: Config
-    device: torch.device
-    compute: torch.dtype
-    rank: int
-    world: int
-    model: GPT | BERT
-    batches: Batches
-    stopwatch: Stopwatch
-
-    def begin_with(self, weights: str) -> None:
-        """Take the weights of a file or folder."""
-
-    def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
-
-    def held_out_loss(self) -> float:
-        """The mean loss on held-out data, always the same, in nats per token."""
-
-    def exposed(self) -> float:
-        """Seconds that the computation stood still for transfers since `measure_again`."""
-
-    def measure_again(self) -> None:
-        """Count them from zero."""
-
-    def save(self, path: Path, extra: dict[str, Any], *, background: bool) -> Saves:
-        """Write a checkpoint."""
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from the latest one; what was saved as extra."""
+def resuming(folder: Path, world: int) -> str:
+    """The command that goes on with a run."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world == 1:
+        start = ["python"]
+    elif world == local:
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(local)]
+    else:  # how nodes find each other is known to whoever started them
+        start = ["torchrun", "--nnodes", str(world // local), "--nproc-per-node", str(local), "..."]
+    told = [f"{folder}/settings.toml", f"output={folder}", "checkpoint.resume=always"]
+    return shlex.join([*start, "-m", "mics_models.pretrain", *told])
 
 
 class Run:
@@ -81,9 +52,11 @@ class Run:
         self.screen = screen
         self.checkpoints = folder / "checkpoints"
         self._losses: list[float] = []  # of the steps since the last report
+        self._unwritten = ""  # why the log was not
         self.done = self._resume()
         self.journal: journal.Journal | None = together(self._open_journal)
         self.peak: Peak | None = everyone(self._peak() if training.rank == 0 else None)[0]
+        self.check = TokenCheck(corpus, training.rank, training.world)
         self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
         self._row: dict[str, float] = {}  # the last report
         self._saving: Any = None
@@ -103,7 +76,8 @@ class Run:
                     losses, norm = training.step(self.done)
                     self._hear(exchange.read(), self.done - 1)
                     over = Stop.TIME if time.monotonic() > end else Stop.NO
-                    exchange.send(losses, norm, Stop.SIGNAL if interrupts.received else over)
+                    asked = Stop.SIGNAL if interrupts.received else over
+                    exchange.send(losses, norm, Stop.TROUBLE if self._trouble() else asked)
                     self.done += 1
                     if self._due(told.log.every) or self._due(told.evaluation.every) or self.done == steps:
                         self._hear(exchange.read(), self.done - 1)
@@ -113,6 +87,7 @@ class Run:
                         self._save(background=told.checkpoint.background)
                         saved = self.done
                 self._hear(exchange.read(), self.done - 1)
+                self._end_check()
                 if self.done > saved:
                     self._save(background=False)
         finally:
@@ -121,8 +96,8 @@ class Run:
             return Stop.NO
         why = "the minutes are over" if self.news.stop is Stop.TIME else "a signal asked for it"
         self.screen.say(
-            f"stopped after {self.done} of {steps} steps, because {why}; saved in {self.checkpoints}; to go on, give "
-            f"{self.folder}/settings.toml output={self.folder} checkpoint.resume=always"
+            f"stopped after {self.done} of {steps} steps, because {why}; saved in {self.checkpoints}; to go on:\n"
+            f"    {resuming(self.folder, training.world)}"
         )
         return self.news.stop
 
@@ -141,8 +116,7 @@ class Run:
         self.screen.say(
             f"held-out loss {self._row['held_out']:.4f} nats a token (a uniform guess: "
             f"{math.log(self.corpus.vocab):.3f}) after {self.done} steps; log, curves.png and checkpoints are in "
-            f"{self.folder}\nwhat is next: `python -m mics_models.generate {self.folder}`, `mics inspect "
-            f"{self.checkpoints}`"
+            f"{self.folder}\nwhat is next: `python -m mics_models.generate {self.folder}`, `mics inspect {self.folder}`"
         )
 
     def _due(self, every: int) -> bool:
@@ -153,6 +127,8 @@ class Run:
         if news is None:
             return
         self.news = news
+        if news.stop is Stop.TROUBLE:
+            together(self._raise_trouble)
         self._losses.append(news.loss)
         self.screen.stepped(step + 1, news.loss)
         if news.bad:
@@ -164,7 +140,11 @@ class Run:
             ]
             what = f"the loss of step {step} is not finite {'; '.join(places)} of seed {self.told.seed}"
         elif not math.isfinite(news.norm) and self.told.sharding.precision != "fp16":  # which skips such a step
-            what = f"the gradient of step {step} is not finite, on samples of seed {self.told.seed}"
+            of = self.training.batches.train.samples(step)
+            what = (
+                f"the gradient of step {step} is not finite, though the losses of all ranks are, on samples {of.start} "
+                f"to {of.stop - 1} of seed {self.told.seed}"
+            )
         else:
             return
         raise FloatingPointError(
@@ -212,7 +192,26 @@ class Run:
 
     def _write(self) -> None:
         if self.journal is not None:
-            self.journal.write(self._row)
+            try:
+                self.journal.write(self._row)
+            except OSError as error:  # on rank 0 alone: the others hear of it with the next step
+                self._unwritten = f"the log of {self.folder} cannot be written ({error.strerror}): make room for it"
+
+    def _trouble(self) -> str:
+        return self._unwritten or self.check.trouble
+
+    def _raise_trouble(self) -> None:
+        if trouble := self._trouble():
+            raise ValueError(f"stopped after {self.done} steps: {trouble}")
+
+    def _end_check(self) -> None:
+        """Refuse to save what was trained on damaged tokens."""
+        together(self._raise_trouble)
+        if not all(everyone(self.check.over)):
+            self.screen.say(
+                "the run ends before all of its tokens were compared with their checksums: `python -m mics_models.data "
+                f"verify {self.told.data.folder}` does that"
+            )
 
     def _save(self, *, background: bool) -> None:
         self._pause()
@@ -222,7 +221,10 @@ class Run:
             except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks; and now is another try
                 self.screen.say(f"the checkpoint before this one was not saved: {error}")
         extra = {"step": self.done, "settings": dict(flatten(self.told)), "losses": list(self._losses)}
-        self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
+        try:
+            self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
+        except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks
+            raise Refused(f"stopped after {self.done} steps: {sentence(error)}") from error
         self._measure_again()
 
     def _resume(self) -> int:
@@ -234,6 +236,11 @@ class Run:
                 self.training.begin_with(self.told.model.weights)
                 self.screen.say(f"beginning with the weights of {self.told.model.weights}")
             return 0
+        if not there:
+            raise Refused(
+                f"checkpoint.resume is 'always' and {self.checkpoints} has no checkpoint, expected one: begin one with "
+                "checkpoint.resume=auto, or name the output of a run"
+            )
         extra = self.training.load(self.checkpoints)
         now, then = dict(flatten(self.told)), extra["settings"]
         for key in now:
@@ -261,6 +268,7 @@ class Run:
         return journal.Journal(self.folder, first=self.done, tensorboard=self.told.log.tensorboard)
 
     def _draw(self) -> None:
+        self._raise_trouble()
         if self.journal is not None:
             from mics_models.training.curves import draw  # matplotlib takes a second to import
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-PARTS = ("compute", "exposed", "optimizer")
+
+def fitted(words: Sequence[str], width: int) -> str:
+    """Words with spaces in them in lines of at most this width, each word in one."""
+    whole = "  ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words)
+    lines = textwrap.wrap(whole, width, subsequent_indent="    ", break_long_words=False)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 class Screen:
@@ -57,11 +63,12 @@ class Screen:
         words = [f"step {row['step']:>{len(str(steps))}.0f}/{steps}", f"loss {row['loss']:.4f}"]
         if "held_out" in row:
             words.append(f"held out {row['held_out']:.4f}")
-        shares = ", ".join(f"{name} {row[name] / row['step_seconds']:.0%}" for name in PARTS)
-        mfu = f"MFU {row['mfu']:.1%}  " if "mfu" in row else ""
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s  {mfu}{row['step_seconds'] * 1e3:.0f} ms a step ({shares})"
-        left = timedelta(seconds=round((steps - row["step"]) * row["step_seconds"]))
-        self.say("  ".join([*words, f"norm {row['norm']:.2f}", speed, f"ETA {left}"]))
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+        words += [f"norm {row['norm']:.2f}", speed, f"exposed {row['exposed'] / row['step_seconds']:.0%}"]
+        if "mfu" in row:
+            words.append(f"MFU {row['mfu']:.1%}")
+        words.append(f"ETA {timedelta(seconds=round((steps - row['step']) * row['step_seconds']))}")
+        self.say(fitted(words, self._console.width) if self._console.is_terminal else "  ".join(words))
         if self._bar is not None:
             self._bar.update(self._task, speed=speed)
 

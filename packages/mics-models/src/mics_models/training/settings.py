@@ -6,15 +6,38 @@ Every key has a default here, which is what `make pretrain` runs: some minutes o
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 Section = TypeVar("Section")
+
+_NUMBERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "batch.samples batch.seq batch.micro_steps optimizer.lr schedule.steps log.every evaluation.batches "
+        "checkpoint.keep",
+        lambda value: value > 0,
+        "more than 0",
+    ),
+    (
+        "seed optimizer.eps optimizer.weight_decay optimizer.clip schedule.minutes evaluation.every evaluation.sampled "
+        "checkpoint.every log.peak_tflops",
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+    ("optimizer.beta1 optimizer.beta2", lambda value: 0 <= value < 1, "from 0 to below 1"),
+    (
+        "schedule.warmup schedule.decay schedule.last data.masked",
+        lambda value: 0 <= value <= 1,
+        "a share from 0 to 1",
+    ),
+)
+"""Keys, which of their values can be, and that in words. A NaN fits nowhere."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +150,15 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
-        above_zero = ("batch.samples", "batch.seq", "batch.micro_steps", "optimizer.lr", "schedule.steps", "log.every")
-        for key in (*above_zero, "evaluation.batches", "checkpoint.keep"):
-            if not _at(self, key) > 0:
-                raise ValueError(f"settings: {key} is {_at(self, key)}, expected more than 0: raise it")
-        for key in ("schedule.minutes", "evaluation.every", "evaluation.sampled", "checkpoint.every", "optimizer.clip"):
-            if not _at(self, key) >= 0:
-                raise ValueError(f"settings: {key} is {_at(self, key)}, expected 0 or more: raise it")
-        for key in ("schedule.warmup", "schedule.decay", "schedule.last", "data.masked"):
-            if not 0 <= _at(self, key) <= 1:
-                raise ValueError(f"settings: {key} is {_at(self, key)}, expected a share from 0 to 1: change it")
+        for keys, fits, expected in _NUMBERS:
+            for key in keys.split():
+                if not fits(_at(self, key)):
+                    raise ValueError(f"settings: {key} is {_at(self, key)}, expected {expected}: change it")
+        for key in ("output", "data.folder", "model.weights"):
+            if "\0" in _at(self, key):
+                raise ValueError(
+                    f"settings: {key} is {_at(self, key)!r}, expected a path, without a zero byte: correct it"
+                )
         words = {
             "schedule.kind": ("cosine", "wsd"),
             "sharding.precision": ("fp32", "bf16", "fp16"),
@@ -159,8 +181,10 @@ def read(file: Path | None, changes: Sequence[str]) -> Settings:
     table: dict[str, Any] = {}
     if file is not None:
         try:
-            table = tomllib.loads(file.read_text())
-        except tomllib.TOMLDecodeError as error:
+            table = tomllib.loads(file.read_bytes().decode())
+        except FileNotFoundError as error:
+            raise ValueError(f"settings: {file} is not there, expected a file of settings: correct its name") from error
+        except ValueError as error:
             raise ValueError(f"settings: {file} is no TOML ({error}), expected tables of keys: repair it") from error
     for change in changes:
         key, sign, value = change.partition("=")
@@ -221,8 +245,8 @@ def nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _at(settings: Settings, key: str) -> Any:
-    table, _, name = key.partition(".")
-    return getattr(getattr(settings, table), name)
+    table, _, name = key.rpartition(".")
+    return getattr(getattr(settings, table) if table else settings, name)
 
 
 def _build(kind: type[Section], table: Mapping[str, Any], before: str) -> Section:
@@ -257,10 +281,14 @@ def typed(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        raise ValueError(
-            f"settings: {key} is {value!r}, expected a value like {default!r}: write a {type(default).__name__}"
-        )
+        raise ValueError(f"settings: {key} is {value!r}, expected a value like {default!r}: write {_A[type(default)]}")
+    if isinstance(value, int | float) and not abs(value) < _LARGEST[type(value)]:
+        raise ValueError(f"settings: {key} is {value}, expected a number that a machine can count with: change it")
     return value
+
+
+_A = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table"}
+_LARGEST = {bool: 2, int: 1 << 63, float: math.inf}
 
 
 def _meant(value: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mics_models.sentences import sentence
+
 Result = TypeVar("Result")
 
 
@@ -29,7 +31,7 @@ def together(work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except (ValueError, OSError, ImportError) as error:
-        problem = str(error)
+        problem = sentence(error)
     problems = everyone(problem)
     for rank, said in enumerate(problems):
         if said is not None:

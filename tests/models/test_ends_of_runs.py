@@ -1,0 +1,122 @@
+"""A run that something stops ends with one sentence, and saves nothing of what is worthless."""
+
+import errno
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mics_models import pretrain
+from mics_models.data.prepare import Settings, prepare
+from mics_models.training.journal import Journal
+from mics_models.training.run import resuming
+from mics_models.training.screen import fitted
+
+TINY = (
+    "model.config.layers=1",
+    "model.config.width=32",
+    "model.config.hidden=64",
+    "batch.seq=32",
+    "batch.samples=4",
+    "evaluation.batches=1",
+    "evaluation.sampled=0",
+    "log.tensorboard=false",
+    "schedule.steps=3",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "a.txt").write_text("to be or not to be\n" * 1000)
+    prepare([folder / "a.txt"], folder / "bytes", Settings(vocab=256))
+    return folder / "bytes"
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Pretrain on one rank: the status, and what was said."""
+
+    def run(*changes: str) -> tuple[int, str, str]:
+        status = pretrain.main([*TINY, f"data.folder={data}", f"output={tmp_path / 'run'}", *changes])
+        said = capfd.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize("every", ["checkpoint.every=0", "checkpoint.every=2"])
+def test_a_save_that_fails_is_one_sentence(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, every: str
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise RuntimeError("save: no room on the disk: make some")
+
+    monkeypatch.setattr(pretrain.mics, "save", save)
+    status, _, complaint = run(every)
+    assert status == 2
+    steps = 3 if every.endswith("0") else 2
+    assert complaint == f"pretrain: stopped after {steps} steps: save: no room on the disk: make some\n"
+
+
+@pytest.mark.parametrize("every", ["log.every=1", "log.every=3", "log.every=50"])
+def test_a_log_that_cannot_be_written_is_one_sentence(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, every: str
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "write", write)
+    status, _, complaint = run(every, "evaluation.every=0")
+    assert status == 2
+    assert re.fullmatch(
+        r"pretrain: stopped after [23] steps: the log of .* cannot be written \(No space left on device\): .*\n",
+        complaint,
+    )
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_saves(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    status, _, complaint = run("model.config.init_std=1e9", "checkpoint.every=1")
+    assert status == 1
+    assert re.fullmatch(
+        r"pretrain: the gradient of step 0 is not finite, .*, on samples 0 to 3 of seed 0, .*\n", complaint
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("checkpoint.resume=always", "has no checkpoint, expected one: begin one with checkpoint.resume=auto"),
+        ("output=/proc/run", r"/proc/run cannot be used \(No such file or directory\), expected one that can be"),
+        ("output=/dev/null/run", r"/dev/null/run\S* cannot be used \(Not a directory\), expected one that can be"),
+        ("data.folder=/proc", "proc has no manifest.json, expected a folder that"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told_in_a_sentence(
+    run: Callable[..., tuple[int, str, str]], change: str, sentence: str
+) -> None:
+    status, _, complaint = run(change)
+    assert status == 2
+    assert re.search(sentence, complaint)
+    assert complaint.count("\n") == 1
+    assert "Errno" not in complaint
+
+
+def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "-m mics_models.pretrain 'my runs/a/settings.toml' 'output=my runs/a' checkpoint.resume=always"
+    assert resuming(Path("my runs/a"), 1) == f"python {told}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resuming(Path("my runs/a"), 4) == f"torchrun --standalone --nproc-per-node 4 {told}"
+    assert resuming(Path("my runs/a"), 8) == f"torchrun --nnodes 2 --nproc-per-node 4 ... {told}"
+
+
+def test_a_report_breaks_lines_between_its_words() -> None:
+    words = ["step 12000/100000", "loss 2.8234", "held out 2.9012", "norm 0.52", "1,234,567 tokens/s", "exposed 3%"]
+    lines = fitted(words, 40).splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    assert "  ".join(line.strip() for line in lines) == "  ".join(words)
