@@ -116,6 +116,7 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         runtime = self._runtime
         present = runtime.settle("step")
+        runtime.stepping(self)
         clip, skip = runtime.pending(present)
         for reduced, state in self._states:
             if any(reduced is other for other in present):
