@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import first_cause, registry
+from mics_core.comm import World
 from runtime_work import WIDTH, Model
 
 
@@ -61,6 +62,53 @@ def bring_fewer_micro_batches(lengths: list[int]) -> None:
     model = sharded()
     for x in mics.accumulate(model, [batch() for _ in range(lengths[dist.get_rank()])]):
         model(x).backward()
+
+
+def bring_micro_batches(kinds: list[str]) -> None:
+    model = mics.shard(Model(2), mics.Sharding.ddp())
+    kind = kinds[dist.get_rank()]
+    batches = [batch()] * 2 if kind != "nothing" else []
+    for x in mics.accumulate(model, (each for each in batches) if kind == "generator" else batches):
+        model(x).backward()
+
+
+def train_differently(sharding: mics.Sharding, how: str) -> None:
+    """Three steps, of which rank 1 does the second in another way; replicas are compared at the end."""
+    torch.manual_seed(0)
+    model = mics.shard(Model(2), sharding)
+    optimizer = (torch.optim.SGD if how == "rate of SGD" else mics.AdamW)(model.parameters(), lr=0.01)
+    for step in range(3):
+        odd = how if dist.get_rank() == 1 and step == 1 else ""
+        for count, x in enumerate(mics.accumulate(model, [batch(), batch()])):
+            if odd == "no backward":
+                break
+            model(x).backward()
+            if odd == "break" and count == 0:
+                break
+        if odd == "clip":
+            mics.clip_grad_norm_(model, 1.0)
+        mics.clip_grad_norm_(model, 0.5 if odd == "norm" else 1.0)
+        if odd.startswith("rate"):
+            optimizer.param_groups[0]["lr"] = 0.02
+        optimizer.step()
+        optimizer.zero_grad()
+        if how in ("rate of AdamW", "norm") and step == 1:
+            mics.check_replicas(model)
+
+
+def meet_in_different_calls() -> None:
+    World(None).tell(None, "save" if dist.get_rank() == 0 else "check_replicas")
+
+
+def send_messages_of_different_lengths(how: str) -> None:
+    """gloo would abort the process that gets more than it waits for."""
+    group = World(None).group((0, 1), "test")
+    group._group = Impatient(group._group)  # type: ignore[attr-defined]
+    length = 4 if dist.get_rank() == 0 else 1024
+    if how == "gather":
+        group.gather(torch.empty(2 * length), torch.ones(length))
+    else:
+        group.exchange(torch.ones(2 * length))
 
 
 def use_before_shard(what: str) -> None:

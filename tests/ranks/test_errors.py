@@ -84,6 +84,52 @@ def test_ranks_with_different_numbers_of_micro_batches(pool: Pool, lengths: list
         assert f"ranks [{shorter}] bring fewer micro-batches than the others" in text
 
 
+@pytest.mark.parametrize(
+    ("kinds", "sentence"),
+    [
+        (["list", "generator"], "ranks [1] bring micro-batches that have no length"),
+        (["generator", "list"], "ranks [0] bring micro-batches that have no length"),
+        (["nothing", "list"], "ranks [0] bring fewer micro-batches than the others"),
+    ],
+    ids=str,
+)
+def test_ranks_whose_micro_batches_are_of_different_kinds(pool: Pool, kinds: list[str], sentence: str) -> None:
+    for text in said(pool, LifecycleError, work.bring_micro_batches, kinds):
+        assert sentence in text
+
+
+@pytest.mark.parametrize(
+    ("degrees", "how", "sentence"),
+    [
+        ((1, 1, 1), "no backward", "number 4 is accumulate's next micro-batch on rank 0 and nothing on rank 1"),
+        ((1, 1, 1), "break", "is accumulate's next micro-batch on rank 0 and nothing on rank 1"),
+        ((1, 1, 1), "clip", "is a step of AdamW with"),
+        ((1, 1, 2), "norm", "is a clip of the norm to 1.0 on rank 0 and a clip of the norm to 0.5 on rank 1"),
+        ((2, 2, 2), "rate of AdamW", "0.02"),
+        ((1, 1, 2), "rate of SGD", "0.02"),
+    ],
+    ids=str,
+)
+def test_ranks_that_train_differently_hear_of_it_in_the_next_step_or_comparison(
+    pool: Pool, degrees: tuple[int, int, int], how: str, sentence: str
+) -> None:
+    """No message is missing and none comes in another's place, so nothing else would tell."""
+    for text in said(pool, LifecycleError, work.train_differently, Sharding(*degrees), how):
+        assert text.startswith("ranks do different things: of what they did since they last compared, number ")
+        assert sentence in text
+
+
+def test_ranks_that_meet_in_different_calls(pool: Pool) -> None:
+    for text in said(pool, LifecycleError, work.meet_in_different_calls):
+        assert text.startswith("ranks meet in different calls: save on rank 0 and check_replicas on rank 1: make")
+
+
+@pytest.mark.parametrize("how", ["gather", "exchange"])
+def test_messages_of_different_lengths_end_no_process(pool: Pool, how: str) -> None:
+    for rank, error in enumerate(pool.errors(2, work.send_messages_of_different_lengths, how)):
+        assert f"nothing came from rank {1 - rank} on rung test" in str(error)
+
+
 @pytest.mark.parametrize("what", ["accumulate", "clip", "full_params"])
 def test_a_model_that_is_not_sharded(pool: Pool, what: str) -> None:
     for text in said(pool, LifecycleError, work.use_before_shard, what):

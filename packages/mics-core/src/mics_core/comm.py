@@ -1,10 +1,4 @@
-"""Process groups and what travels through them. The only file that makes or uses torch.distributed's groups.
-
-A `Group` is the ranks that meet in one step of a ladder. It does two things, both blocking the lane they are called on:
-`gather` puts everyone's piece into one buffer, `exchange` brings everyone's part of my piece. On GPUs they are NCCL's
-all-gather and reduce-scatter. On CPUs they are messages between pairs: gloo's own reduce-scatter moves twice the bytes,
-and its all-gather uses two thirds of a link between nodes.
-"""
+"""The ranks that train together: how they join, what they tell and ask each other, and groups that states move in."""
 
 from __future__ import annotations
 
@@ -16,21 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.first_cause import blamed, remember_store
+from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
 
 ProcessGroup = dist.ProcessGroup
-
-# torch 2.13 renamed them, and warns of the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 _CPU = torch.device("cpu")
 _PATIENCE = timedelta(minutes=10)
@@ -94,12 +84,7 @@ class World:
         """What every rank says here, in the order of ranks; small objects only. `what` it is about, for errors."""
         if self.size == 1:
             return [mine]
-        everyone: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(everyone, mine, group=self._control)
-        except RuntimeError as error:
-            raise blamed(f"{what}: hearing all ranks", error) from error
-        return everyone
+        return _tell(self._control, self.ranks, mine, what)
 
     def ask(self, mine: Sequence[int], what: str) -> Answers:
         """Begin to find the largest of all ranks' numbers, each from 0 to 255; nothing waits until it is read."""
@@ -134,7 +119,8 @@ class World:
         After round n each rank knows the largest of 2**n ranks before it, some twice at the end, which changes nothing.
         """
         heard = torch.zeros_like(numbers)
-        kind = zlib.crc32(what.encode()) % _KINDS * _TURNS  # so that no question takes another one's answer
+        # So that no question takes another one's answer; gloo aborts a process that gets more bytes than it waits for.
+        kind = zlib.crc32(f"{what} {numbers.numel()}".encode()) % _KINDS * _TURNS
         for turn in range((self.size - 1).bit_length()):
             distance = 1 << turn
             source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
@@ -147,7 +133,7 @@ class World:
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise blamed(what, _silent(verb, self.ranks[other], "", error)) from error
+                    raise blamed(what, silent(verb, self.ranks[other], "", error)) from error
             torch.maximum(numbers, heard, out=numbers)
 
     def among(self, members: Sequence[int], name: str) -> World:
@@ -169,8 +155,8 @@ class World:
         ranks = tuple(self.ranks[member] for member in members)
         seat = Seat(ranks, members.index(self.rank), name)
         if self.device.type == "cuda":
-            return _DeviceGroup(seat, self._subgroup(ranks, name, "nccl"))
-        return _HostGroup(seat, self._subgroup(ranks, name, "gloo"))
+            return DeviceGroup(seat, self._subgroup(ranks, name, "nccl"))
+        return HostGroup(seat, self._subgroup(ranks, name, "gloo"))
 
     def _lane(self, name: str, device: torch.device, *, urgent: bool = False) -> Lane:
         _forget_old_world()
@@ -211,9 +197,21 @@ def _forget_old_world() -> None:
         _parent = dist.group.WORLD
 
 
-def _silent(verb: str, rank: int, place: str, error: BaseException) -> RuntimeError:
-    """Of a rank that a message is missing from."""
-    return RuntimeError(f"{verb} rank {rank}{place}: it does other work, has failed, or its link is down: {error}")
+def _tell(group: ProcessGroup | None, ranks: Sequence[int], mine: object, what: str) -> list[Any]:
+    """What every rank of the group says, all of them about the same."""
+    everyone: list[Any] = [None] * len(ranks)
+    try:
+        dist.all_gather_object(everyone, (what, mine), group=group)
+    except RuntimeError as error:
+        raise blamed(f"{what}: hearing all ranks", error) from error
+    (first, _), *_ = everyone
+    for rank, (theirs, _) in zip(ranks, everyone, strict=True):
+        if theirs != first:
+            raise LifecycleError(
+                f"ranks meet in different calls: {first} on rank {ranks[0]} and {theirs} on rank {rank}: make the same "
+                "calls, in the same order, on all ranks"
+            )
+    return [said for _, said in everyone]
 
 
 def _count_groups_alike(group: ProcessGroup | None) -> None:
@@ -223,11 +221,7 @@ def _count_groups_alike(group: ProcessGroup | None) -> None:
     that disagree about the name wait for each other. So ranks that are in fewer groups make some of their own.
     """
     mine = len(dist.distributed_c10d._world.pg_names)
-    counts: list[int] = [0] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(counts, mine, group=group)
-    except RuntimeError as error:
-        raise blamed("meeting all ranks", error) from error
+    counts = _tell(group, dist.get_process_group_ranks(group), mine, "shard, save or load")
     for _ in range(max(counts) - mine):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
@@ -253,80 +247,3 @@ def check_placement(names: Sequence[str], per_node: int) -> None:
                 f"ranks {first} to {first + per_node - 1} should share a node of {per_node}, but rank {first} is on "
                 f"{names[first]} and rank {rank} on {name}: number the ranks node by node, as torchrun does"
             )
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Who is in a group, by their numbers in the whole job, and where I am among them."""
-
-    ranks: tuple[int, ...]
-    index: int
-    name: str
-
-
-class Group(Protocol):
-    """The ranks that meet in one step of a ladder."""
-
-    seat: Seat
-
-    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
-        """Put the ranks' pieces side by side into `out`; mine may already lie there."""
-
-    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
-        """Cut `source` into one part for each rank; return what they sent for me, in their order or summed up."""
-
-
-class _HostGroup:
-    """gloo. Receives are posted first, and every pair talks at once: that keeps both directions of a link busy."""
-
-    def __init__(self, seat: Seat, group: ProcessGroup) -> None:
-        self.seat = seat
-        self._group = group
-        size = len(seat.ranks)
-        self._others = [(seat.index + turn) % size for turn in range(1, size)]
-        self._received = torch.empty(0, dtype=torch.uint8)
-
-    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
-        pieces = out.view(len(self.seat.ranks), -1)
-        mine = pieces[self.seat.index]
-        receives = [(other, self._group.recv([pieces[other]], other, 0)) for other in self._others]
-        sends = [(other, self._group.send([piece], other, 0)) for other in self._others]
-        if mine.data_ptr() != piece.data_ptr():
-            mine.copy_(piece)
-        self._wait(receives, sends)
-
-    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
-        parts = source.view(len(self.seat.ranks), -1)
-        needed = parts[1:].numel() * source.itemsize
-        if self._received.numel() < needed:
-            self._received = torch.empty(needed, dtype=torch.uint8)
-        arrived = self._received[:needed].view(source.dtype).view(-1, parts.shape[1])
-        arriving = {other: arrived[turn] for turn, other in enumerate(self._others)}
-        receives = [(other, self._group.recv([arriving[other]], other, 0)) for other in self._others]
-        sends = [(other, self._group.send([parts[other]], other, 0)) for other in self._others]
-        self._wait(receives, sends)
-        return [arriving.get(index, parts[self.seat.index]) for index in range(len(self.seat.ranks))]
-
-    def _wait(self, receives: list[tuple[int, dist.Work]], sends: list[tuple[int, dist.Work]]) -> None:
-        for verb, works in (("nothing came from", receives), ("nothing was taken by", sends)):
-            for other, work in works:
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    raise _silent(verb, self.seat.ranks[other], f" on rung {self.seat.name}", error) from error
-
-
-class _DeviceGroup:
-    """NCCL, on the current stream."""
-
-    def __init__(self, seat: Seat, group: ProcessGroup) -> None:
-        self.seat = seat
-        self._group = group
-
-    def gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
-        _all_gather(out, piece, group=self._group)
-
-    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
-        mine = source.view(len(self.seat.ranks), -1)[self.seat.index]
-        _reduce_scatter(mine, source, group=self._group)  # NCCL takes the output inside the input
-        return [mine]

@@ -18,8 +18,9 @@ from functools import partial
 
 import torch
 
-from mics_core.comm import Group, World
+from mics_core.comm import World
 from mics_core.first_cause import blamed
+from mics_core.groups import Group
 from mics_core.lanes import DONE, Lane, Ticket
 from mics_core.ledger import Tally
 from mics_core.sharding import Sharding
@@ -165,22 +166,22 @@ class Ladder:
     def total(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
         """The sum of a few numbers over the ranks that hold one copy of a state, the same bits on all of them."""
         for step in self.rungs.steps(1, degree):
-            numbers = self._everyone(step, numbers.view(1, -1)).sum(0)
+            numbers = self._everyone(step, numbers.view(1, -1), "norm of all gradients").sum(0)
         return numbers
 
     def compare(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
         """A few numbers of every rank that holds the same piece as I do, one row each, in the order of ranks."""
         rows = numbers.view(1, -1)
         for step in self.rungs.steps(degree, self.rungs.degrees[-1]):
-            rows = self._everyone(step, rows)
+            rows = self._everyone(step, rows, "comparison of replicas")
         return rows
 
-    def _everyone(self, step: int, rows: torch.Tensor) -> torch.Tensor:
+    def _everyone(self, step: int, rows: torch.Tensor, what: str) -> torch.Tensor:
         route = Route.GATHER if self.rungs.degrees[step] < self._params else Route.FALL
         group = self._groups[route, step]
         gathered = rows.new_empty((len(group.seat.ranks) * rows.shape[0], rows.shape[1]))
         job = partial(group.gather, gathered.view(-1), rows.reshape(-1))
-        ticket = self.send(route, self.rungs.link(step), "comparing", job)
+        ticket = self.send(route, self.rungs.link(step), what, job)
         self.wait(ticket)
         return gathered
 

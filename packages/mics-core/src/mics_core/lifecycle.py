@@ -18,9 +18,9 @@ import torch
 
 from mics_core import trees
 from mics_core.autograd import whole
-from mics_core.comm import Answers
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
+from mics_core.micro_batches import Count
 from mics_core.order import Order, Use, Way
 from mics_core.phases import MicroStep, Phase
 from mics_core.reduce import Gradient, Reducer
@@ -49,7 +49,7 @@ class Conductor:
         names = [station.gathered.unit for station in stations]
         self._orders = {differentiated: Order(names) for differentiated in (True, False)}
         self._order = self._orders[True]
-        self._question: Answers | None = None
+        self._count: Count | None = None
         self._entered: list[Station] = []  # by forwards, recomputed ones too, from the outside in
         self._open = 0  # forwards under way
         self._passes = 0  # backwards so far
@@ -61,10 +61,10 @@ class Conductor:
         for station in stations:
             station.finish = self._finisher(station)
 
-    def mark(self, micro_step: MicroStep, question: Answers | None) -> None:
+    def mark(self, micro_step: MicroStep, count: Count | None) -> None:
         """`accumulate` says which micro-step comes, and has asked the other ranks whether theirs is the last, too."""
         self.micro_step = micro_step
-        self._question = question
+        self._count = count
         self._unannounced = False
 
     def busy(self) -> bool:
@@ -188,7 +188,7 @@ class Conductor:
             if not self._passes:  # a loop sets hooks up before it begins
                 for each in self.stations:
                     each.check_hooks()
-            self._check_alike()
+            self._check_micro_batches()
             self.phase = Phase.BACKWARD
             self._order = self._orders[True]
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -202,17 +202,11 @@ class Conductor:
         for (_, places), present in zip(station.places, views, strict=True):
             places.set(present)
 
-    def _check_alike(self) -> None:
-        """The answers had the whole forward to arrive. Without them, ranks would wait for each other for ever."""
-        if self._question is not None:
-            answers = self._question.read()  # of every rank, 1 and how many follow; 0 from nobody
-            self._question = None
-            most = max(answers)
-            short = [rank for rank, answer in enumerate(answers) if 0 < answer < most]
-            if short:
-                raise LifecycleError(
-                    f"accumulate: ranks {short} bring fewer micro-batches than the others: give every rank equally many"
-                )
+    def _check_micro_batches(self) -> None:
+        """The answers had the whole forward to arrive."""
+        if self._count is not None:
+            count, self._count = self._count, None
+            count.check()
 
     def _is_last(self) -> bool:
         """Whether no gradients come after those of this backward."""

@@ -122,6 +122,7 @@ class AdamW(torch.optim.Optimizer):
             _check_settings(group)
         runtime = self._runtime
         present = runtime.settle("step")
+        runtime.stepping(self)
         clip, skip = runtime.pending(present)
         for reduced, state in self._states:
             if any(reduced is other for other in present):

@@ -180,7 +180,8 @@ class Reducer:
     def settle(self) -> list[Reduced]:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
         present = [reduced for reduced in self.all if reduced.gradient is not Gradient.NONE and not reduced.dropped()]
-        if self.settled:
+        # A step without a backward is none, and asks: on other ranks there may have been one.
+        if self.settled and (present or not self._stepped):
             return present
         for reduced in present:
             reduced.shards.check_in_place()

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mics_core import agreement, comm, initialise, registry
 from mics_core.clipping import Clipping
@@ -213,6 +214,7 @@ class Runtime:
     def clip(self, max_norm: float) -> torch.Tensor:
         """Shrink all gradients so that their norm is at most `max_norm`; the norm before."""
         present = self.settle("clip_grad_norm_")
+        self.ladder.order.call(f"a clip of the norm to {max_norm}")
         norm = self._clipping.clip(present, max_norm)
         if not all(id(reduced) in self._fused for reduced in present):
             self._clipping.apply(present)
@@ -231,6 +233,16 @@ class Runtime:
         self._clipping.apply(present)
         _, overflow = self._clipping.factor(present)
         return overflow is None or not overflow.item()
+
+    def stepping(self, optimizer: Optimizer) -> None:
+        """This optimizer is going to step, with settings that should be those of all ranks: where its state is cut over
+        all of them, nothing else tells. What is a tensor may be on a device, and is not read.
+        """
+        settings = [
+            {name: _host_numbers(value) for name, value in group.items() if name in optimizer.defaults}
+            for group in optimizer.param_groups
+        ]
+        self.ladder.order.call(f"a step of {type(optimizer).__name__} with {settings}")
 
     def refresh(self, reduced: Reduced) -> None:
         """The optimizer has changed this unit's `refreshed`."""
@@ -252,6 +264,13 @@ class Runtime:
             _, overflow = self._clipping.factor(present)
             assert overflow is not None
             self.conductor.scaling.update(overflow)
+
+
+def _host_numbers(value: Any) -> object:
+    """A setting of an optimizer as ranks compare it."""
+    if isinstance(value, tuple | list):
+        return tuple([_host_numbers(each) for each in value])
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
 def _before(runtime: Runtime, station: Station) -> Any:

@@ -37,6 +37,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(given is not None for given in (*args[1:], *kwargs.values())):  # args begins with the optimizer
             raise ConfigError("step: got a closure, which would make gradients too late: run it before step()")
         present = runtime.settle("step")
+        runtime.stepping(optimizer)
         if not runtime.unscale(present):
             for reduced in present:
                 reduced.hide()

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from mics_core import registry
-from mics_core.comm import Answers
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.fingerprint import fingerprint
 from mics_core.ledger import Ledger
+from mics_core.micro_batches import Count
 from mics_core.phases import MicroStep
 from mics_core.runtime import Runtime
 from mics_core.shards import Shards
@@ -33,22 +33,20 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
     runtime = registry.runtime_of(model, "accumulate")
     conductor, world = runtime.conductor, runtime.world
     batches = iter(micro_batches)
-    known = isinstance(micro_batches, Sized)
-    number = len(micro_batches) if isinstance(micro_batches, Sized) else 0
-    answers: Answers | None = None
+    length = len(micro_batches) if isinstance(micro_batches, Sized) else None
     try:
         batch = next(batches, _END)
+        if batch is _END:
+            Count(world, length, now=False, more=False).check()  # no backward comes that would
+        first = True
         while batch is not _END:
             following = next(batches, _END)
             last = following is _END
-            if answers is None or not known:  # once, where it is known how many there are
-                more = min(number - 1, 254) if known else int(not last)
-                answers = world.ask(
-                    [(1 + more) * (rank == world.rank) for rank in range(world.size)], "comparing micro-batches"
-                )
-                question: Answers | None = answers
-            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, question)
-            question = None
+            # Once, where it is known how many there are.
+            count = Count(world, length, now=True, more=not last) if first or length is None else None
+            first = False
+            runtime.ladder.order.call("accumulate's next micro-batch")
+            conductor.mark(MicroStep.LAST if last else MicroStep.MORE_FOLLOW, count)
             yield batch  # type: ignore[misc]
             batch = following
     finally:
@@ -144,6 +142,7 @@ def check_replicas(model: nn.Module) -> None:
     runtime = registry.runtime_of(model, "check_replicas")
     runtime.rest("check_replicas")
     runtime.wait()
+    runtime.ladder.order.compare()
     trouble: list[str] = []
     for station in runtime.conductor.stations:
         for part in station.gathered.shards:
@@ -152,7 +151,8 @@ def check_replicas(model: nn.Module) -> None:
                 states.append(("master", part.master, runtime.sharding.optimizer))
             for name, state, degree in states:
                 rows = runtime.ladder.compare(fingerprint(state), degree).tolist()
-                ranks = runtime.ladder.rungs.replicating(runtime.world.rank, degree)
+                holders = runtime.ladder.rungs.replicating(runtime.world.rank, degree)
+                ranks = [runtime.world.ranks[holder] for holder in holders]
                 odd = [rank for rank, row in zip(ranks, rows, strict=True) if row != rows[0]]
                 if odd:
                     trouble.append(f"the {name} of {station.gathered.unit} on ranks {odd} and on rank {ranks[0]}")

@@ -1,9 +1,10 @@
-"""The order in which transfers were handed to lanes, compared by the ranks that must agree on it.
+"""The order in which transfers were handed to lanes, compared by the ranks that must agree on it, and what they call.
 
 What a message is, its place in the order alone tells. Ranks that use units in different orders would gather one unit's
 bytes into another where sizes agree, and train on. So digests of the order travel with a message that every step sends
 anyway: of gathers one for each copy of the parameters, because the ranks of one copy may evaluate without the others;
-of all that sums gradients and brings new weights one for the whole world.
+of all that sums gradients and brings new weights one for the whole world. That one covers calls, too, which should
+be the same on all ranks, with the same numbers, and need not send anything: an optimizer's learning rate, for one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _DIGEST = 4
 
 _RECENT = 4096
 """Transfers of a lane whose names are kept for a message; the digest knows all."""
+
+_CALLS = ""
+"""Where calls are kept, as on a lane: first in the order of lanes, because they explain what is transferred."""
 
 Lanes = dict[str, tuple[int, tuple[str, ...]]]
 """By lane: how many transfers there were, and the names of the last of them."""
@@ -85,6 +89,15 @@ class TransferOrder:
         """A transfer of this name was handed to the lane."""
         (self._gathers if gather else self._others).note(lane, what)
 
+    def call(self, what: str) -> None:
+        """A call that all ranks make alike; what it is given belongs into the name."""
+        self._others.note(_CALLS, what)
+
+    def compare(self) -> None:
+        """Raise on all ranks if they have done different things since they last compared; the host waits."""
+        asked = self.ask()
+        self.check(asked, self._world.ask(asked.numbers, "comparing what ranks did").read())
+
     def ask(self) -> Asked:
         """Numbers for `World.ask`, which finds the largest of all ranks': a digest of what all have in common, and a
         place for each copy's digest of gathers, of which this rank fills its own.
@@ -139,6 +152,12 @@ def _difference(everyone: Sequence[Lanes], ranks: Sequence[int]) -> LifecycleErr
             first, other = _named(everyone[0], lane), _named(theirs, lane)
             for number in sorted(first.keys() | other.keys()):
                 here, there = first.get(number), other.get(number)
+                if here != there and lane == _CALLS:
+                    return LifecycleError(
+                        f"ranks do different things: of what they did since they last compared, number {number} is "
+                        f"{here or 'nothing'} on rank {ranks[0]} and {there or 'nothing'} on rank {rank}: make the "
+                        "same calls with the same numbers on all ranks, and go back to the last checkpoint"
+                    )
                 if here != there:
                     return LifecycleError(
                         f"ranks use units in different orders: of the transfers since they last compared, number "

@@ -13,6 +13,7 @@ import torch
 
 from mics_core import comm
 from mics_core.errors import ConfigError
+from mics_core.groups import Group
 from mics_core.planner.cluster import Cluster, Link, Table, Transport
 from mics_core.planner.progress import Progress
 
@@ -112,7 +113,7 @@ class _Prober:
         self._effort = effort
         self._progress = progress
 
-    def group(self, ranks: int, *, inside: bool) -> comm.Group:
+    def group(self, ranks: int, *, inside: bool) -> Group:
         """This rank's group: so many neighbours on its node, or its peers on so many nodes; alone if nodes are left."""
         rank, per_node = self._world.rank, self._per_node
         name = f"probe {ranks} {'inside' if inside else 'between'}"
@@ -124,7 +125,7 @@ class _Prober:
         # Those who stay alone make a group, too, or ranks would number later ones differently.
         return self._world.group(members if members[-1] < self._world.size else (rank,), name)
 
-    def link(self, groups: Sequence[comm.Group], otherwise: float, sharing: int) -> Link:
+    def link(self, groups: Sequence[Group], otherwise: float, sharing: int) -> Link:
         """A link's tables; its bandwidth, of so many ranks, by the largest message, its latency by the smallest."""
         tables: dict[tuple[str, int], Table] = {}
         bandwidths, latencies = [], []
@@ -177,7 +178,7 @@ class _Prober:
             times.append(time.perf_counter() - begin)
         return float(max(self._world.tell(min(times[1:]), "probe")))
 
-    def _work(self, group: comm.Group, collective: str, piece: int) -> Callable[[], object]:
+    def _work(self, group: Group, collective: str, piece: int) -> Callable[[], object]:
         mine = torch.zeros(piece // 4, device=self._world.device)
         whole = mine.repeat(len(group.seat.ranks))
         if collective == "gather":
