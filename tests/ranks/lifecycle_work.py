@@ -156,7 +156,7 @@ class Walk:
         ) -> Ticket:
             action, _, unit = what.partition(" of ")
             routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}, "hop 2": {Route.RISE, Route.FALL}}
-            routes |= {rare: {Route.FALL, Route.GATHER} for rare in ("comparing", "full_params")}
+            routes |= {rare: {Route.FALL, Route.GATHER} for rare in ("norm", "comparison", "full_params")}
             assert route in routes.get(action, {Route.FALL}), (route, what)
             for number, sent in enumerate(self.sent):
                 # Once, however many lanes it takes.
