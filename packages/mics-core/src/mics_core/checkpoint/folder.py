@@ -129,11 +129,11 @@ class Place:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _remove(self, old: Path) -> None:
+        """Remove a directory, or warn."""
         going = old
+        is_checkpoint = not (old.name.startswith(".") and old.suffix == ".saving")
         try:
-            if not (
-                old.name.startswith(".") and old.suffix == ".saving"
-            ):  # no checkpoint from here on, whenever we are killed
+            if is_checkpoint:  # and no longer from here on, whenever we are killed
                 going = old.rename(self._unused(old.name.removeprefix(".").removesuffix(".replaced")))
             shutil.rmtree(going)
         except OSError as error:

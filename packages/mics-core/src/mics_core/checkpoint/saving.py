@@ -135,26 +135,14 @@ def save(
         return (str(place.path), keep, background), hashed, digests
 
     answers = exchange(world, "save", collect)
-    requests = [request for request, _, _ in answers]
-    if any(request != requests[0] for request in requests):
-        odd = next(rank for rank, request in enumerate(requests) if request != requests[0])
-        raise ConfigError(
-            f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
-            "everywhere"
-        )
+    _check_requests([request for request, _, _ in answers])
     _check_extra([digests for _, _, digests in answers])
     own = {"random": random_state(runtime.world.device), "buffers": {}}
     if len({hashed for _, hashed, _ in answers}) > 1:
         own["buffers"] = model_state.buffers(model, "save")
     about = _about(runtime, optimizer, contents[0], sorted(extra))
-    job = _Job(
-        Place(Path(path).absolute()),
-        replace(contents[0], own=packed(own, "this rank's state")),
-        rungs,
-        world.rank,
-        keep,
-        about,
-    )
+    written = replace(contents[0], own=packed(own, "this rank's state"))
+    job = _Job(Place(Path(path).absolute()), written, rungs, world.rank, keep, about)
     together(world, "save", job.prepare)
     saving = Saving(job, world, background=background)
     if background:
@@ -219,6 +207,16 @@ class _Job:
                 )
         files[INDEX] = write_index(self.place.temporary, self.contents, self.rungs, written)
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
+
+
+def _check_requests(requests: list[tuple[str, int | None, bool]]) -> None:
+    """Raise, on all ranks alike, unless all asked for the same."""
+    odd = next((rank for rank, request in enumerate(requests) if request != requests[0]), 0)
+    if odd:
+        raise ConfigError(
+            f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
+            "everywhere"
+        )
 
 
 def _check_extra(digests: list[dict[str, str]]) -> None:
