@@ -117,16 +117,19 @@ def launched(tmp_path: Path, program: str, interrupted: bool = False) -> tuple[i
     return process.returncode, said, complaints
 
 
+@pytest.mark.deep
 def test_the_launcher_adds_nothing_to_what_a_rank_says_of_a_mistake(tmp_path: Path) -> None:
     program = "time.sleep(600 * (1 - rank))\nprint('pretrain: a mistake', file=sys.stderr)\nsys.exit(2)"
     assert launched(tmp_path, program) == (2, "", "pretrain: a mistake\n")
 
 
+@pytest.mark.deep
 def test_the_launcher_names_a_rank_that_died_without_a_word(tmp_path: Path) -> None:
     program = "time.sleep(600 * (1 - rank))\nos.kill(os.getpid(), signal.SIGKILL)"
     assert launched(tmp_path, program) == (137, "", "launch: rank 1 ended with exit status -9, expected 0\n")
 
 
+@pytest.mark.deep
 def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> None:
     program = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))\n"
     program += "open(f'{__file__}.{rank}', 'w').close()\n"
