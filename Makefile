@@ -17,9 +17,9 @@ setup: ## Build .venv with the locked versions, without CUDA where there is no G
 # On a busy machine OpenMP's threads otherwise burn the time slices of those they wait for: seven times slower, measured.
 PATIENT := OMP_WAIT_POLICY=passive
 
-# Ranks wait for each other most of the time: other processes of tests use the cores meanwhile. A third saves a tenth.
-PYTEST := $(PATIENT) $(PY) -m pytest -n 3 --dist loadfile
-test: setup ## Run the tests: five and a half minutes on 2 cores, and the same draws every time.
+# Ranks wait for each other most of the time: a second process of tests uses the cores meanwhile.
+PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadfile
+test: setup ## Run the tests: five to six minutes on 2 cores, and the same draws every time.
 	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
 
 test-deep: setup ## Run everything, with more and new draws, all kills, the wheels, Triton 3.6: tens of minutes.

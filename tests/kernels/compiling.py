@@ -1,8 +1,8 @@
 """Compile every kernel for a GPU that is not there, as its launcher would, and print what the machine code does.
 
-`python compiling.py cuda:90 [--one-of-each]` prints one JSON object a line, of every variant or the first of each op. A
-driver that only names its target stands in for the GPU, and the ops' own launchers run on CPU tensors: so constants,
-dtypes and the alignment of arguments are those of real launches, and nothing here repeats them.
+`python compiling.py cuda:90` prints one JSON object a line, of every variant. A driver that only names its target
+stands in for the GPU, and the ops' own launchers run on CPU tensors: so constants, dtypes and the alignment of
+arguments are those of real launches, and nothing here repeats them.
 """
 
 import json
@@ -217,11 +217,7 @@ def main() -> None:
         compiled.append(run(self, *arguments, **options | {"warmup": True}))
 
     JITFunction.run = compile_only
-    seen: set[str] = set()
     for name, launch, loads, stores in variants():
-        if "--one-of-each" in sys.argv and name.split()[0] in seen:
-            continue
-        seen.add(name.split()[0])
         launch()
         report = nvidia_report(compiled[-1]) if nvidia else amd_report(compiled[-1])
         print(json.dumps({"name": name, "expected loads": loads, "expected stores": stores, **report}), flush=True)
