@@ -26,7 +26,8 @@ from torch import nn
 
 import mics_core as mics
 
-RANKS, STEPS, EVERY = 2, 160, 2
+RANKS, EVERY = 2, 2
+STEPS = {"steps": 60, "at-once": 160, "behind": 160}  # enough for so many lives
 SURVIVED = 7  # the exit status of a life that nothing has killed
 
 
@@ -74,7 +75,7 @@ def die_at(number: int) -> None:
         setattr(os, name, mortal(getattr(os, name)))
 
 
-def live(rank: int, life: int, folder: Path, how: str) -> None:
+def live(rank: int, life: int, folder: Path, how: str, steps: int) -> None:
     """Train from the latest checkpoint on, as far as one gets."""
     behind = how == "behind"
     torch.manual_seed(rank)
@@ -86,7 +87,7 @@ def live(rank: int, life: int, folder: Path, how: str) -> None:
     if (runs / "latest").exists():
         first = mics.load(runs, model, optimizer)["step"]
     note(folder / f"begun-{rank}", str(first))
-    for step in range(first, STEPS):
+    for step in range(first, steps):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(100 * step + rank))
         loss = (model(x) - x.roll(1, -1)).square().mean()
         loss.backward()
@@ -103,19 +104,19 @@ def live(rank: int, life: int, folder: Path, how: str) -> None:
             if how == "steps" and step == first + 2 * EVERY - 1:
                 os._exit(SURVIVED)  # a save asks no more of the disk than all lives before have met
     if how == "steps":
-        raise RuntimeError(f"{STEPS} steps are over before a life has survived its second save: give more")
+        raise RuntimeError(f"{steps} steps are over before a life has survived its second save: give more")
     if behind:
         saving.wait()
     dist.destroy_process_group()
 
 
-def fork(rank: int, life: int, folder: Path, how: str) -> int:
+def fork(rank: int, life: int, folder: Path, how: str, steps: int) -> int:
     process = os.fork()
     if process == 0:
         status = 1
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-            live(rank, life, folder, how)
+            live(rank, life, folder, how, steps)
             status = 0
         finally:
             os._exit(status)
@@ -183,7 +184,7 @@ def die_by_steps(folder: Path) -> tuple[int, int]:
     """Lives that end at one thing after the other; how many there were, and how many lost a checkpoint."""
     lost = 0
     for life in itertools.count():
-        first, second = (fork(rank, life, folder, "steps") for rank in range(RANKS))
+        first, second = (fork(rank, life, folder, "steps", STEPS["steps"]) for rank in range(RANKS))
         status = os.waitpid(first, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == SURVIVED:
             os.waitpid(second, 0)
@@ -200,7 +201,7 @@ def die_by_chance(folder: Path, kills: int, how: str) -> tuple[int, int]:
     """Lives that end at any moment; how many there were, and how many lost a checkpoint."""
     lost = 0
     for life in range(kills):
-        processes = [fork(rank, life, folder, how) for rank in range(RANKS)]
+        processes = [fork(rank, life, folder, how, STEPS[how]) for rank in range(RANKS)]
         in_a_save = life % 2 == 0
         kill_after(processes, random.random() * (0.02 if in_a_save else 0.05), folder, in_a_save)
         lost += is_lost(folder)
@@ -213,10 +214,10 @@ def main(folder: Path, how: str, kills: int = 0) -> None:
     warm_up(folder)
     (folder / "calm").mkdir()
     undisturbed = "behind" if how == "behind" else "at-once"
-    calm = [fork(rank, 0, folder / "calm", undisturbed) for rank in range(RANKS)]
+    calm = [fork(rank, 0, folder / "calm", undisturbed, STEPS[how]) for rank in range(RANKS)]
     fates = [os.waitpid(process, 0)[1] for process in calm]
     lives, lost = die_by_steps(folder) if how == "steps" else die_by_chance(folder, kills, how)
-    processes = [fork(rank, lives + 1, folder, undisturbed) for rank in range(RANKS)]
+    processes = [fork(rank, lives + 1, folder, undisturbed, STEPS[how]) for rank in range(RANKS)]
     fates += [os.waitpid(process, 0)[1] for process in processes]
     told = {
         "fates": fates,
@@ -225,6 +226,7 @@ def main(folder: Path, how: str, kills: int = 0) -> None:
         "calm": losses(folder / "calm"),
         "found": losses(folder),
         "begun": begun(folder),
+        "steps": STEPS[how],
         "there": sorted(path.name for path in (folder / "runs").iterdir() if path.name != ".lock"),
     }
     print(json.dumps(told))

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
+from depth import is_deep
+
 PROGRAM = Path(__file__).with_name("pretended_ranks.py")
 DEGREES = [
     *[(1, 1, 1), (8, 8, 8), (64, 64, 64)],  # DDP, MiCS within a node, ZeRO-3
     *[(1, 1, 64), (2, 8, 64), (8, 8, 64), (16, 16, 16), (16, 32, 64), (4, 4, 8), (1, 8, 32)],
 ]
 Case = tuple[int, tuple[int, int, int], int, bool]
-CASES: list[Case] = [
-    (rank, degrees, 3, marked) for degrees, rank, marked in product(DEGREES, (0, 17, 63), (True, False))
-]
+ALL: list[Case] = [(rank, degrees, 3, marked) for degrees, rank, marked in product(DEGREES, (0, 17, 63), (True, False))]
+CASES = [case for case in ALL if is_deep() or case[3] == (case[0] != 17) or case[1] == (8, 8, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_calls_and_bytes_on_every_rung_equal_the_formula(
     accounts: dict[Case, Any], degrees: tuple[int, int, int]
 ) -> None:
     found = {case: account for case, account in accounts.items() if case[1] == degrees}
-    assert len(found) == 6
+    assert len(found) >= 3
     for counted, predicted in found.values():
         assert counted
         assert counted == predicted

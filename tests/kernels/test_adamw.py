@@ -228,7 +228,7 @@ def rounded(number: float, size: int, device: torch.device, step: int = 1, **rou
 
 @pytest.mark.parametrize("number", [1.0 + 2**-9, 1.001, -3.003, 1e-30, 0.0, 2.0])
 def test_stochastic_rounding_keeps_the_mean(number: float, device: torch.device) -> None:
-    size = 200_000
+    size = 40_000
     exact = torch.tensor(number).double().item()
     copies = rounded(number, size, device, seed=1)
     step = torch.tensor(number).bfloat16().abs().item() * 2**-7
@@ -240,7 +240,7 @@ def test_stochastic_rounding_keeps_the_mean(number: float, device: torch.device)
 
 
 def test_stochastic_rounding_errs_independently_from_element_to_element_and_step_to_step(device: torch.device) -> None:
-    size = 100_000
+    size = 30_000
     signs = torch.stack([rounded(1.0 + 2**-8, size, device, step, seed=4) > 1 for step in (1, 2)]).double() * 2 - 1
     for lag in (1, 2, 8, 64, 1024):
         assert abs((signs[0, lag:] * signs[0, :-lag]).mean().item()) < 5 / size**0.5

@@ -1,37 +1,22 @@
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
+import forks
 import mics_kernels.ops.pack as pack_op
 import mics_kernels.ops.unpack as unpack_op
 from mics_kernels import accumulate, backend, pack, unpack
 from mics_kernels.backend import INTERPRETED
 
-
-def said_by(program: str, **environment: str) -> str:
-    """What another Python prints, in which nothing has been imported yet."""
-    run = [sys.executable, "-c", program]
-    environment = os.environ | {"TRITON_INTERPRET": "0"} | environment
-    return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
 ASK = "from mics_kernels import backend; print(*backend('cpu'), sep=': ')"
-
-
-def test_cpu_tensors_go_to_the_reference_and_the_user_is_told_why() -> None:
-    assert said_by(ASK) == "reference: Triton compiles for GPUs and these tensors are on the CPU"
-
-
-def test_the_interpreter_runs_kernels_where_it_is_asked_to() -> None:
-    assert said_by(ASK, TRITON_INTERPRET="1").startswith("triton: TRITON_INTERPRET=1 asks for")
-
-
-def test_without_triton_everything_runs_on_the_reference() -> None:
-    program = f"""
+PROGRAMS = {
+    "ask": ASK,
+    "ask the interpreter": f"import os; os.environ['TRITON_INTERPRET'] = '1'\n{ASK}",
+    "no Triton": f"""
 import sys
+assert "triton" not in sys.modules
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
@@ -44,12 +29,8 @@ k.pack([torch.ones(2)], flat, [1])
 k.accumulate(flat, [flat.clone()])
 k.adamw(flat, *torch.zeros(3, 4).unbind(), lr=0.1, step=1)
 print(k.square_sum(flat).sum.item() > 0, k.dequantize(*k.quantize(flat)).shape)
-"""
-    assert said_by(program).splitlines() == ["reference: Triton is not installed", "True torch.Size([4])"]
-
-
-def test_a_broken_triton_is_an_error_and_no_silent_fallback() -> None:
-    program = """
+""",
+    "a broken Triton": """
 import sys
 class Broken:
     def find_spec(self, name, path=None, target=None):
@@ -60,8 +41,32 @@ try:
     import mics_kernels
 except ModuleNotFoundError as error:
     print(error.name)
-"""
-    assert said_by(program) == "its_dependency"
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[str]]:
+    """The lines that each program prints."""
+    done = forks.run(PROGRAMS, "torch", TRITON_INTERPRET="0")
+    assert not [each for each in done.values() if each.status], done
+    return {name: each.stdout.splitlines() for name, each in done.items()}
+
+
+def test_cpu_tensors_go_to_the_reference_and_the_user_is_told_why(said: dict[str, list[str]]) -> None:
+    assert said["ask"] == ["reference: Triton compiles for GPUs and these tensors are on the CPU"]
+
+
+def test_the_interpreter_runs_kernels_where_it_is_asked_to(said: dict[str, list[str]]) -> None:
+    assert said["ask the interpreter"][0].startswith("triton: TRITON_INTERPRET=1 asks for")
+
+
+def test_without_triton_everything_runs_on_the_reference(said: dict[str, list[str]]) -> None:
+    assert said["no Triton"] == ["reference: Triton is not installed", "True torch.Size([4])"]
+
+
+def test_a_broken_triton_is_an_error_and_no_silent_fallback(said: dict[str, list[str]]) -> None:
+    assert said["a broken Triton"] == ["its_dependency"]
 
 
 def test_these_tests_run_the_kernels(device: torch.device) -> None:

@@ -98,9 +98,18 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_importing_brings_neither_the_runtime_nor_triton_nor_hugging_face() -> None:
+def test_importing_brings_neither_the_runtime_nor_triton_nor_an_optional_package() -> None:
     code = "import sys, mics_models.hf, mics_models.data\nprint({m.partition('.')[0] for m in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "mics_models" in run.stdout
-    for absent in ("mics_core", "mics_kernels", "triton", "transformers", "safetensors"):
+    for absent in (
+        "mics_core",
+        "mics_kernels",
+        "triton",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+        "pyarrow",
+        "rich",
+    ):
         assert f"'{absent}'" not in run.stdout

@@ -1,5 +1,4 @@
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -92,11 +91,3 @@ def test_a_missing_package_is_one_sentence(tokenizer: Tokenizer, monkeypatch: py
         ModuleNotFoundError, match=r'tokenizers is not installed, .*: run pip install "mics-models\[data'
     ):
         from_json(tokenizer.content, START, "mine")
-
-
-def test_importing_the_data_brings_in_no_optional_package() -> None:
-    code = "import sys, mics_models.data; print({m.partition('.')[0] for m in sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "mics_models" in run.stdout
-    for absent in ("tokenizers", "pyarrow", "rich"):
-        assert f"'{absent}'" not in run.stdout

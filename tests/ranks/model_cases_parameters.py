@@ -301,13 +301,14 @@ class OtherOrder(UnitsUsedLater):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))  # each replica counts its own
 
     def forward(self, x: Tensor, step: int) -> Tensor:  # type: ignore[override] # noqa: ARG002
         self.calls += 1
-        generator = torch.Generator().manual_seed(self.calls)  # the same on all ranks
+        calls = int(self.calls)
+        generator = torch.Generator().manual_seed(calls)  # the same on all ranks
         x = self.first(x)
-        for number in torch.randperm(3, generator=generator).tolist()[: 1 + self.calls % 3]:
+        for number in torch.randperm(3, generator=generator).tolist()[: 1 + calls % 3]:
             x = self.blocks[number](x)
         return self.last(x)
 

@@ -88,7 +88,8 @@ class Reference:
         self.model = build(case)
         self.before = [parameter.detach().clone() for parameter in self.model.parameters()]
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
-        self.replicas = [copy.deepcopy(self.model, dict(shared)) for _ in range(world)]
+        alone = any(True for _ in self.model.buffers())  # else one model serves for all, and copies cost half of a case
+        self.replicas = [copy.deepcopy(self.model, dict(shared)) if alone else self.model for _ in range(world)]
         self.optimizer = self.model.optimizer(run.optimizer.replace("mics", "torch"))
 
     def train(self, batches: list[list[Any]], step: int) -> tuple[Tensor, Sequence[Tensor]]:
