@@ -96,7 +96,9 @@ class Pool:
             with patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
                 # tests/kernels sets it in this process, or not, by which tests are collected; ranks are all alike.
                 os.environ.pop("TRITON_INTERPRET", None)
-                get_context("forkserver").set_forkserver_preload(["torch.distributed", "pytest", "mics_core"])
+                get_context("forkserver").set_forkserver_preload(
+                    ["torch.distributed", "torch._dynamo", "pytest", "mics_core"]
+                )
                 forkserver.ensure_running()
 
     def __enter__(self) -> Self:
