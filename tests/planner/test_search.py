@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 import mics_core as mics
 import workloads_by_hand
 from mics_core import Cluster, ConfigError, Precision, Sharding
-from mics_core.ledger import Formula, UnitSize
 from mics_core.planner import Candidate, Workload, memory, plan, simulate, trace
 from mics_core.planner.advice import cluster_that_fits
 from mics_core.planner.candidate import shardings
-from mics_core.planner.search import merged
-from mics_core.topology import Rungs, Topology
+from mics_core.planner.ways import splits_nodes
+from mics_core.planner.workload import Held
+from mics_core.topology import Topology
 from mics_models import GPT, GPTConfig, gpt
 
 BF16 = Precision.bf16()
@@ -67,10 +68,9 @@ def test_of_shardings_that_are_as_fast_one_is_chosen_that_leaves_room_then_whole
         (cut.params, cut.grads, cut.optimizer) > (chosen.params, chosen.grads, chosen.optimizer) for cut in whole
     )
     held = memory(model, Candidate(chosen, BF16, 32, 1), cluster).total
-    (tight, _, other), *others = ties(int(1.02 * held))
+    (tight, _, other), *_ = ties(int(1.02 * held))
     assert not tight
-    assert other != chosen
-    assert chosen in [cut for _, _, cut in others]
+    assert other != chosen  # which still fits, and is as fast as with more memory
 
 
 def test_a_model_that_fits_whole_is_not_cut_and_nobody_is_told_to_leave() -> None:
@@ -96,6 +96,27 @@ def test_no_simulated_sharding_that_fits_is_1_percent_faster_than_the_choice(sha
                 if memory(work, other, cluster).total <= cluster.memory:
                     seconds = simulate(work, cluster, other).seconds
                     assert found.prediction.seconds <= 1.02 * seconds, (other, found.chosen)
+
+
+def test_hop_2_of_the_last_micro_step_is_not_hidden_behind_all_of_them() -> None:
+    """Without recomputation only half of the batch fits at once, and computes less, but hides less of hop 2."""
+    model = replace(workloads_by_hand.workload(8, 400_000_000, 3e12, 16), held=(Held(1, 6 * 10**9, 6 * 10**8),))
+    cluster = replace(Cluster.preset("DGX-H100", 8), ranks_per_node=2, memory=4 * 10**10)
+    cluster = replace(cluster, inter=replace(cluster.inter, bandwidth=5e9))
+    found = plan(model, cluster, global_batch=128, precision=BF16)
+    for sharding in shardings(Topology(16, 2)):
+        for recompute, size in product((False, True), (1, 2, 4, 8)):
+            other = Candidate(sharding, BF16, size, 8 // size, recompute)
+            if memory(model, other, cluster).total <= cluster.memory:
+                assert found.prediction.seconds <= 1.01 * simulate(model, cluster, other).seconds, other
+
+
+def test_whole_nodes_are_chosen_though_dozens_of_ways_that_split_them_are_estimated_a_little_faster() -> None:
+    model = replace(workloads_by_hand.workload(8, 1_600_000_000, 3e13, 256), held=(Held(1, 2 * 10**9, 2 * 10**8),))
+    cluster = Cluster.preset("DGX-H100", 32)
+    cluster = replace(cluster, inter=replace(cluster.inter, bandwidth=4e10))
+    found = plan(model, cluster, global_batch=1024, precision=BF16)
+    assert not splits_nodes(found.sharding, cluster), found.chosen
 
 
 def test_every_sharding_is_chosen_or_has_a_reason() -> None:
@@ -129,19 +150,6 @@ def test_the_table_counts_every_loser_names_what_people_know_and_fits_into_narro
     one_by_one = found.table(top=3).partition("the best first:\n")[2].partition("\n\n")[0].splitlines()
     assert len(one_by_one) == 3
     assert one_by_one[0].endswith(found.losers[0].reason)
-
-
-def test_three_units_send_what_many_do() -> None:
-    units = tuple(UnitSize(1024 * number, 512 * number) for number in range(1, 7))
-    for count in range(7):
-        for sharding in (Sharding(2, 2, 2), Sharding(8, 8, 8)):
-            rungs = Rungs.of(sharding, Topology(8, 2))
-            formula = Formula(sharding, BF16, rungs, UnitSize(2048, 0), units[:count])
-            sent = [
-                {key: traffic.bytes for key, traffic in each.step(3).items()}
-                for each in (formula, replace(formula, units=merged(formula.units)))
-            ]
-            assert sent[0] == sent[1]
 
 
 def test_what_the_user_fixes_stays_and_several_precisions_are_compared() -> None:

@@ -1,4 +1,4 @@
-"""Which sharding, micro-batch and recomputation: what fits, by the time that a step must take, and then simulated."""
+"""Which sharding, micro-batch and recomputation: what fits is estimated, and the most promising of it is simulated."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ import torch
 from torch import nn
 
 from mics_core.errors import ConfigError
-from mics_core.ledger import UnitSize
 from mics_core.planner.advice import advise, cluster_that_fits
-from mics_core.planner.arithmetic import Arithmetic
-from mics_core.planner.candidate import Candidate, System, shardings
+from mics_core.planner.candidate import Candidate, shardings
 from mics_core.planner.cluster import Cluster
-from mics_core.planner.memory import Memory, formula_of, memory
+from mics_core.planner.estimate import Estimate, Estimates
+from mics_core.planner.memory import Memory, memory
 from mics_core.planner.plan_table import Plan
 from mics_core.planner.simulator import simulate
 from mics_core.planner.ways import AS_FAST, Row, loser, preference, too_large
 from mics_core.planner.workload import Sample, Workload, trace
 from mics_core.sharding import Precision, Sharding
-from mics_core.topology import Link, Topology
+from mics_core.topology import Topology
 from mics_core.units import UnitRule
 
 MOST = 1 << 40
 """Samples of a step, or tokens of a sample: products of them stay numbers that tensors can have."""
 
-SIMULATED = 10
-"""So many of the most promising shardings are simulated; the rest is known by what it must compute and send."""
+FASTEST = 10
+"""So many shardings are simulated because their estimates are least."""
+
+PREFERRED = 8
+"""So many more at most because they are preferred, and their estimates are near the least."""
+
+NEAR = 1.03
+"""Of ways that are as fast, estimates agree within 3 %."""
 
 
 @dataclass(frozen=True)
 class _Fitting:
     candidate: Candidate
     memory: Memory
-    bound: float  # seconds that a step takes at least
-    estimate: float  # to sort by
+    estimate: Estimate
 
 
 def plan(
@@ -71,20 +75,26 @@ def plan(
         workload = trace(model, given, units=units, precision=precisions[0], ranks=cluster.ranks)
     share = _share(global_batch, cluster)
     recomputes = (False, True) if recompute is None else (recompute,)
+    estimates = Estimates(workload, cluster)
     fitting, losers = [], []
     for sharding in shardings(Topology(cluster.ranks, cluster.ranks_per_node)):
-        found, least = _best_of(workload, cluster, sharding, precisions[0], share, recomputes)
+        found, least = _best_of(workload, cluster, estimates, sharding, precisions[0], share, recomputes)
         if found:
-            fitting.append(min(found, key=lambda each: (each.estimate, each.candidate.recompute)))
+            fitting.append(min(found, key=lambda each: (each.estimate.likely, each.candidate.recompute)))
         else:
             losers.append(too_large(*least, cluster))
     if not fitting:
         raise ConfigError(cluster_that_fits(workload, cluster, precisions[0], recomputes))
-    rows, rest = _simulated(workload, cluster, fitting, precisions)
-    winner = rows[0]
-    slower = [loser(row.candidate, row.memory, winner, cluster, row.prediction.seconds) for row in rows[1:]]
-    unseen = [loser(each.candidate, each.memory, winner, cluster, each.bound, least=True) for each in rest]
-    return Plan(workload, cluster, tuple(rows), (*slower, *unseen, *losers), advise(rows, cluster))
+    fitting.sort(key=lambda each: each.estimate.likely)
+    rows = _simulated(workload, cluster, fitting)
+    winner = _chosen(workload, cluster, rows, precisions)
+    others = [row for row in rows if row.candidate.sharding != winner.candidate.sharding]
+    seen = {row.candidate.sharding for row in rows}
+    rest = [each for each in fitting if each.candidate.sharding not in seen]
+    slower = [loser(row.candidate, row.memory, winner, cluster, row.prediction.seconds) for row in others]
+    unseen = [loser(each.candidate, each.memory, winner, cluster, each.estimate.least, least=True) for each in rest]
+    best = (winner, *others)
+    return Plan(workload, cluster, best, (*slower, *unseen, *losers), advise(best, cluster))
 
 
 def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
@@ -128,6 +138,7 @@ def _share(global_batch: int, cluster: Cluster) -> int:
 def _best_of(
     workload: Workload,
     cluster: Cluster,
+    estimates: Estimates,
     sharding: Sharding,
     precision: Precision,
     share: int,
@@ -149,52 +160,40 @@ def _best_of(
             if held.total > cluster.memory:
                 ahead = replace(ahead, prefetch_units=0)
                 held = replace(state, activations=live)
-            found.append(_Fitting(ahead, held, *_times(workload, cluster, ahead)))
+            found.append(_Fitting(ahead, held, estimates.of(ahead)))
             break
     return found, least
 
 
-def _times(workload: Workload, cluster: Cluster, candidate: Candidate) -> tuple[float, float]:
-    """Seconds that a step takes at least: the arithmetic's, or those of one link; and those to sort by."""
-    arithmetic = Arithmetic(cluster, candidate, System.MICS)
-    works = [arithmetic.unit(workload.root, root=True), *(arithmetic.unit(unit) for unit in workload.units)]
-    compute = candidate.micro_steps * sum(work.forward + work.backward for work in works)
-    formula = formula_of(workload, candidate, cluster)
-    traffic = replace(formula, units=merged(formula.units)).step(candidate.micro_steps)
-    links = {Link.NODE: 0.0, Link.NET: 0.0}
-    names = {formula.rungs.name(step): formula.rungs.link(step) for step in range(len(formula.rungs.degrees) - 1)}
-    for (_, rung), moved in traffic.items():
-        links[names[rung]] += moved.bytes
-    inside = links[Link.NODE] / cluster.intra.bandwidth
-    between = links[Link.NET] * min(cluster.ranks_per_node, cluster.ranks) / cluster.inter.bandwidth
-    longest = max(compute, inside, between)
-    return longest, longest + 0.1 * (compute + inside + between - longest)
-
-
-def merged(units: tuple[UnitSize, ...]) -> tuple[UnitSize, ...]:
-    """Three that send what all do: the first and the last are gathered less often, those between them all alike."""
-    if len(units) <= 3:
-        return units
-    middle = UnitSize(sum(unit.trained for unit in units[1:-1]), sum(unit.frozen for unit in units[1:-1]))
-    return units[0], middle, units[-1]
-
-
-def _simulated(
-    workload: Workload, cluster: Cluster, fitting: list[_Fitting], precisions: Sequence[Precision]
-) -> tuple[list[Row], list[_Fitting]]:
-    """The most promising ones, the choice first, and those that were not simulated."""
-    fitting = sorted(fitting, key=lambda each: each.estimate)
-    rows: list[Row] = []
-    rest: list[_Fitting] = []
+def _simulated(workload: Workload, cluster: Cluster, fitting: Sequence[_Fitting]) -> list[Row]:
+    """The fastest by their estimates, then preferred ones until one is as fast; sorted by what the simulation says."""
+    rows: dict[Sharding, Row] = {}
     best = float("inf")
-    for each in fitting:
-        if len(rows) == SIMULATED or each.bound > AS_FAST * best:
-            rest.append(each)
-            continue
-        rows.append(Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory))
-        best = min(best, rows[-1].prediction.seconds)
-    rows.sort(key=lambda row: row.prediction.seconds)
-    near = (row for row in rows if row.prediction.seconds <= AS_FAST * best)
+
+    def seconds(each: _Fitting) -> float:
+        nonlocal best
+        found = rows.get(each.candidate.sharding)
+        if found is None:
+            found = Row(each.candidate, simulate(workload, cluster, each.candidate), each.memory)
+            rows[each.candidate.sharding] = found
+            best = min(best, found.prediction.seconds)
+        return found.prediction.seconds
+
+    near = [each for each in fitting if each.estimate.likely <= NEAR * fitting[0].estimate.likely]
+    for each in fitting[:FASTEST]:
+        if each.estimate.least <= AS_FAST * best:
+            seconds(each)
+    for each in sorted(near, key=lambda each: preference(each.candidate, each.memory, cluster)):
+        if each.estimate.least <= AS_FAST * best and seconds(each) <= AS_FAST * best:
+            break
+        if len(rows) == FASTEST + PREFERRED:
+            break
+    return sorted(rows.values(), key=lambda row: row.prediction.seconds)
+
+
+def _chosen(workload: Workload, cluster: Cluster, rows: Sequence[Row], precisions: Sequence[Precision]) -> Row:
+    """The preferred one of the fastest, with what else may make it faster."""
+    near = [row for row in rows if row.prediction.seconds <= AS_FAST * rows[0].prediction.seconds]
     chosen = min(near, key=lambda row: preference(row.candidate, row.memory, cluster))
     varied = [chosen]
     for prefetch in (chosen.candidate.prefetch_units, 2) if chosen.candidate.sharding.params > 1 else (1,):
@@ -204,6 +203,4 @@ def _simulated(
             if candidate != chosen.candidate and held.total <= cluster.memory:
                 varied.append(Row(candidate, simulate(workload, cluster, candidate), held))
     fastest = min(varied, key=lambda row: row.prediction.seconds)
-    if fastest.prediction.seconds * AS_FAST >= chosen.prediction.seconds:
-        fastest = chosen
-    return [fastest, *(row for row in rows if row is not chosen)], rest
+    return fastest if fastest.prediction.seconds * AS_FAST < chosen.prediction.seconds else chosen

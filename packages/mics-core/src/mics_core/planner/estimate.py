@@ -1,0 +1,112 @@
+"""How long a step takes, by sums: quick enough for every way to train, and near enough to say which to simulate.
+
+A step has three phases, and only inside one can computation hide what links carry: the first forward, for which the
+refresh must end; the micro-steps from there to the last backward; and that backward, behind which hop 2 must end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mics_core.planner.arithmetic import Arithmetic
+from mics_core.planner.candidate import Candidate, System
+from mics_core.planner.cluster import Cluster
+from mics_core.planner.collectives import Collectives
+from mics_core.planner.transfers import Stages, Transfers
+
+if TYPE_CHECKING:
+    from mics_core.planner.workload import Workload
+
+_UNCOVERED = 0.1
+"""Of what the longest work of a phase could cover, so much stays uncovered: the first and the last units' part."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step."""
+
+    least: float  # that it takes at least
+    likely: float  # to sort by
+
+
+class _Phase:
+    """Seconds in which the computation, links and lanes work during a part of a step."""
+
+    def __init__(self) -> None:
+        self.compute = 0.0
+        self._links: dict[str, float] = defaultdict(float)
+        self._lanes: dict[str, float] = defaultdict(float)  # with latencies
+
+    def send(self, stages: Stages, times: int) -> None:
+        for lane, moves in stages:
+            for move in moves:
+                self._lanes[lane] += times * (move.busy + move.latency)
+                if move.link is not None:
+                    self._links[move.link] += times * move.busy
+
+    def __add__(self, other: _Phase) -> _Phase:
+        total = _Phase()
+        for each in (self, other):
+            total.compute += each.compute
+            for mine, theirs in ((total._links, each._links), (total._lanes, each._lanes)):
+                for name, seconds in theirs.items():
+                    mine[name] += seconds
+        return total
+
+    def least(self) -> float:
+        return max((self.compute, *self._links.values(), *self._lanes.values()))
+
+    def likely(self) -> float:
+        works = (self.compute, *self._links.values())
+        return self.least() + _UNCOVERED * (sum(works) - max(works))
+
+
+def _seconds(stages: Stages) -> float:
+    return sum(move.busy + move.latency for _, moves in stages for move in moves)
+
+
+class Estimates:
+    """Of one model on one cluster; units that are alike are counted once."""
+
+    def __init__(self, workload: Workload, cluster: Cluster) -> None:
+        self._collectives = Collectives(cluster)
+        self._root, units = workload.root, workload.units
+        self._units = Counter(replace(unit, name="") for unit in units)
+        # A unit that is used again at once is kept: the last one between the passes, the first one between micro-steps.
+        self._forward = Counter(unit.size for unit in (workload.root, *units))
+        self._backward = Counter(unit.size for unit in units[:-1])
+        self._again = self._backward + Counter(unit.size for unit in units[1:])
+
+    def of(self, candidate: Candidate) -> Estimate:
+        """What the schedule of mics takes in the steady state."""
+        transfers = Transfers(self._collectives, candidate)
+        first, between, last, gathers = _Phase(), _Phase(), _Phase(), _Phase()
+        arithmetic = Arithmetic(self._collectives.cluster, candidate, System.MICS)
+        again, optimizer = candidate.micro_steps - 1, candidate.sharding.optimizer
+        for unit, times in ((self._root, 1), *self._units.items()):
+            trained = unit.size.trained
+            hop1 = transfers.hop1(trained, first=True)
+            work = arithmetic.unit(unit, root=unit is self._root)
+            backward = work.backward + work.host + arithmetic.pack(trained, travels=bool(hop1), first=True)
+            update = arithmetic.norm(trained // optimizer) + arithmetic.update(trained // optimizer)
+            first.compute += times * (update + work.forward + work.host)
+            between.compute += times * again * (backward + work.forward + work.host)
+            last.compute += times * backward
+            first.send(transfers.refresh(trained), times)
+            between.send(hop1, times * again)
+            for stages in (hop1, transfers.convert(trained), transfers.rise(trained), transfers.fall(trained)):
+                last.send(stages, times)
+        parts = ((first, self._forward, 1), (between, self._again, again), (gathers, self._backward, 1))
+        for phase, sizes, times in parts:
+            for size, count in sizes.items():
+                both = [transfers.gather(elements) for elements in (size.trained, size.frozen)]
+                for stages in both:
+                    phase.send(stages, times * count)
+                if not candidate.prefetch_units:  # computation stands still until the longer one is there
+                    phase.compute += times * count * max(map(_seconds, both))
+        # Gathers of the last backward may begin before it, so that the least of it is without them.
+        least = first.least() + between.compute + last.least()
+        whole = first + between + last + gathers
+        return Estimate(max(least, whole.least()), first.likely() + between.likely() + (last + gathers).likely())
