@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,15 @@ def test_exported_files_are_the_plain_state_dict(
         assert value.dtype == dtype or dtype is None
     if shard_bytes is not None:
         assert len(paths) > 1
-        index = json.loads((tmp_path / "out.safetensors.index.json").read_text())["weight_map"]
-        assert {name: tmp_path / file for name, file in index.items()}.keys() == expected.keys()
-        for path in paths:
-            tensors = load_file(path)
-            assert all(index[name] == path.name for name in tensors)
-            assert len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= shard_bytes
+        index = json.loads((tmp_path / "out.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+        files = [list(load_file(path)) for path in paths]
+        assert index["weight_map"] == {
+            name: path.name for path, names in zip(paths, files, strict=True) for name in names
+        }
+        sizes = [sum(found[name].nbytes for name in names) for names in files]
+        assert all(len(names) == 1 or size <= shard_bytes for names, size in zip(files, sizes, strict=True))
+        assert all(sum(pair) > shard_bytes for pair in pairwise(sizes))  # else both would be one file
     Model().load_state_dict(found)
 
 
@@ -63,6 +67,7 @@ def test_exported_files_are_the_plain_state_dict(
 def test_what_is_exported_can_be_loaded(runs: Path, tmp_path: Path, source: str) -> None:
     out = tmp_path / "new" / ("model.safetensors" if source == "parts" else source)
     assert main(["export", str(runs), str(out), *(["--shard-bytes", "300"] if source == "parts" else [])]) == 0
+    assert out.exists() == (source != "parts")
     expected = mics.shard(Model(), mics.Sharding.ddp(), precision=mics.Precision.bf16())
     mics.load(runs, expected, None)
     model = mics.shard(Model(), mics.Sharding.ddp(), precision=mics.Precision.bf16())
@@ -127,9 +132,12 @@ def test_names_that_are_not_there_or_do_not_fit_are_told_in_one_line(
     )
     assert "hf: the checkpoint does not say which model it is of" in said("--names", "hf")
     assert "is one file, expected no shard_bytes" in said("--shard-bytes", "9", out="out.pt")
+    assert "expected a name that ends in .safetensors or .pt" in said(out="out.bin")
     monkeypatch.setattr(Plugin, "load", lambda _: lambda _: (lambda _, tensor: {"one": tensor}, {}))
     monkeypatch.setattr("mics_core.checkpoint.export.entry_points", lambda **_: [Plugin()])
     assert "one comes twice, again from model." in said("--names", "loud")
+    monkeypatch.setattr(Plugin, "load", lambda _: lambda _: (lambda name, tensor: {name: tensor + 0j}, {}))
+    assert "is torch.complex64, which safetensors has not: write a .pt file" in said("--names", "loud")
 
 
 PEAK = """
@@ -195,7 +203,17 @@ def test_the_command_says_what_is_wrong_in_one_line(runs: Path, capsys: pytest.C
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "__0_0.distcp, which holds model." in error
-    assert main(["export", str(runs), "out.bin"]) == 1
+    assert not list(runs.glob("*.safetensors"))
+
+
+def test_weights_with_a_flipped_bit_are_not_exported(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = runs / "step-1" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert main(["export", str(runs), str(runs / "out.safetensors")]) == 1
+    assert "__0_0.distcp" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
     assert not list(runs.glob("*.safetensors"))
 
 

@@ -49,7 +49,7 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
         ("not a directory", "File exists, expected a disk with room"),
         ("full", "/.step-2.saving/__1_0.distcp: File too large"),
         ("full behind", "/.step-2.saving/__1_0.distcp: File too large"),
-        ("keep", "keep is 0, expected at least 1"),
+        ("keep", "keep is 0, expected a count from 1 up"),
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),

@@ -69,6 +69,28 @@ def test_a_hook_that_would_never_be_called_is_refused(name: str) -> None:
         backward(model)
 
 
+@pytest.mark.parametrize("units", [None, [nn.Sequential]])
+def test_hooks_on_modules_see_what_they_see_in_one_process(units: list[type[nn.Module]] | None) -> None:
+    def watched(model: nn.Module) -> tuple[list[str], list[Tensor]]:
+        names, seen = [], []
+
+        def see(name: str, *values: Tensor) -> None:
+            names.append(name)
+            seen.extend(value.detach().clone() for value in values)
+
+        for name, layer in model[0].named_children():  # type: ignore[operator, union-attr]
+            layer.register_forward_hook(lambda m, x, y, at=name: see(f"forward of {at}", m.weight, x[0], y))
+            layer.register_full_backward_pre_hook(lambda m, dy, at=name: see(f"before {at}", m.weight, dy[0]))
+            layer.register_full_backward_hook(lambda m, dx, dy, at=name: see(f"after {at}", m.weight, dx[0], dy[0]))
+        model(torch.linspace(-1, 1, 12).view(2, 6).requires_grad_()).square().sum().backward()
+        return names, seen
+
+    names, expected = watched(nn.Sequential(plain()))
+    ours, found = watched(mics.shard(nn.Sequential(plain()), mics.Sharding.ddp(), units=units))
+    assert ours == names
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_penalty_on_slices_is_refused() -> None:
     model = sharded()
     with pytest.raises(mics.LifecycleError, match="compute the penalty in the forward of the module that holds it"):

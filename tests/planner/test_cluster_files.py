@@ -97,6 +97,8 @@ def table(collective: str = "gather", counts: str = "[1, 2]", seconds: str = "[1
         ("nodes = 1", "nodes = 0", "nodes is 0, expected more than 0"),
         ("nodes = 1", "nodes = 1\nracks = 2", "has a field racks, expected only name, nodes"),
         ("bandwidth = 235000000000.0", f"bandwidth = {'9' * 400}", "intra.bandwidth has more than the 64 bits of TOML"),
+        ("nodes = 1", f"nodes = {1 << 63}", "nodes has more than the 64 bits of TOML"),
+        ("nodes = 1", f"nodes = {-1 << 64}", "nodes has more than the 64 bits of TOML"),
         ("[sources]", table(seconds=f"[1, {'9' * 400}]"), "expected numbers above 0"),
         ("nodes = 1", "nodes = ", "is no TOML"),
         ('transport = "nccl"', 'transport = "mpi"', "has transport 'mpi', expected one of"),
@@ -139,6 +141,8 @@ def test_unknown_names_are_answered_with_known_ones(tmp_path: Path) -> None:
         Cluster.preset("p4d.24large")
     with pytest.raises(ConfigError, match="expected a number of nodes behind the colon"):
         Cluster.parse("p4d.24xlarge:many")
+    with pytest.raises(ConfigError, match="expected a number of nodes behind the colon"):
+        Cluster.parse("p4d.24xlarge:" + "9" * 5000)
     with pytest.raises(ConfigError, match=r"there is no file .*absent.toml: `mics probe"):
         Cluster.load(tmp_path / "absent.toml")
 

@@ -68,6 +68,19 @@ def agree(
     return units, Rungs.of(resolved, topology), resolved
 
 
+def check_kinds(caller: str, model: object, sharding: object, precision: object) -> None:
+    """Raise unless these are what they are called."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{caller}: the model is {model!r}, expected a torch.nn.Module")
+    if not isinstance(sharding, Sharding):
+        raise ConfigError(
+            f"{caller}: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)"
+            + (', or "auto"' if caller == "shard" else "")
+        )
+    if not isinstance(precision, Precision):
+        raise ConfigError(f"{caller}: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
+
+
 def _checked_units(
     model: nn.Module,
     sharding: Sharding,
@@ -76,16 +89,9 @@ def _checked_units(
     ranks_per_node: int | None,
     prefetch_bytes: int | None,
 ) -> list[Unit]:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"shard: the model is {model!r}, expected a torch.nn.Module")
+    check_kinds("shard", model, sharding, precision)
     if ranks_per_node is not None and type(ranks_per_node) is not int:  # True is one, too
         raise ConfigError(f"shard: ranks_per_node is {ranks_per_node!r}, expected a number of ranks, or None")
-    if not isinstance(sharding, Sharding):
-        raise ConfigError(
-            f'shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8), or "auto"'
-        )
-    if not isinstance(precision, Precision):
-        raise ConfigError(f"shard: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")
     if prefetch_bytes is not None and (type(prefetch_bytes) is not int or prefetch_bytes < 0):
         raise ConfigError(f"shard: prefetch_bytes is {prefetch_bytes!r}, expected a number of bytes")
     if registry.owners(model.parameters()) or any(registry.is_sharded(module) for module in model.modules()):

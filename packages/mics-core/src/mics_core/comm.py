@@ -35,6 +35,8 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error.
     """
     global _timeout
+    if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+        raise ConfigError(f"init: timeout is {timeout}, expected a timedelta above 0, such as timedelta(minutes=10)")
     device = _CPU
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -65,6 +67,11 @@ class World:
     """The ranks that train one model together: all of them, or those of a caller's data-parallel group."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
+        if not isinstance(group, ProcessGroup | None):
+            raise ConfigError(
+                f"shard: group is {group!r}, expected a process group of torch.distributed that holds this rank, or "
+                "None for all ranks: make one with new_group, or take a DeviceMesh's by get_group"
+            )
         if group is None and "RANK" in os.environ and not dist.is_initialized():
             raise LifecycleError("shard: torchrun's RANK is set but no process group exists: call mics.init() first")
         self._single = not dist.is_initialized()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
 _GRACE = 1.0  # seconds: a rank that is ending may not have told yet
+_ANSWER = 5.0  # seconds: the store may lie beyond a link that is down, where torch waits for it without end
 _PAUSE = 0.05
 _LONGEST = 500  # characters of another rank's sentence
 
@@ -40,18 +43,28 @@ def publish(error: BaseException) -> None:
 
 
 def known() -> str:
-    """What the first rank told that ended; "" if none has."""
+    """What the first rank told that ended; "" if none has, or if the store does not answer: then nobody asks again."""
+    global _store
     if _store is None:
         return ""
+    told: list[str] = []
+    asking = threading.Thread(target=_ask, args=(_store, told), name="mics first cause", daemon=True)
+    with suppress(RuntimeError):  # an interpreter that ends starts no thread
+        asking.start()
+        asking.join(_ANSWER)
+        if asking.is_alive():
+            _store = None
+    return told[0] if told else ""
+
+
+def _ask(store: Any, told: list[str]) -> None:
     deadline = time.monotonic() + _GRACE
-    try:
-        while not _store.check([_key()]):
+    with suppress(RuntimeError):  # the store is gone with the rank that kept it
+        while not store.check([_key()]):
             if time.monotonic() > deadline:
-                return ""
+                return
             time.sleep(_PAUSE)
-        return str(_store.get(_key()).decode(errors="replace"))
-    except RuntimeError:
-        return ""  # the store is gone with the rank that kept it
+        told.append(store.get(_key()).decode(errors="replace"))
 
 
 def blamed(what: str, error: BaseException) -> RuntimeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mics_core.agreement import check_kinds
 from mics_core.layout import Layout
 from mics_core.ledger import Formula, UnitSize
 from mics_core.sharding import Precision, Sharding
@@ -24,6 +25,8 @@ def forecast(
 
     Nothing is sent and nothing changes; the arguments mean what they mean to `shard`.
     """
+    precision = Precision.fp32() if precision is None else precision
+    check_kinds("forecast", model, sharding, precision)
     resolved = sharding.resolve(ranks)
     found = find(model, units)
 
@@ -33,4 +36,4 @@ def forecast(
 
     sizes = [UnitSize(elements(unit.trained), elements(unit.frozen)) for unit in found]
     rungs = Rungs.of(resolved, Topology(ranks, ranks_per_node))
-    return Formula(resolved, precision or Precision.fp32(), rungs, sizes[0], tuple(sizes[1:]))
+    return Formula(resolved, precision, rungs, sizes[0], tuple(sizes[1:]))

@@ -65,7 +65,7 @@ def shard(
     for every sharding and number of ranks. Where ranks hold different weights, rank 0's are taken.
     """
     world = comm.World(group)
-    precision = precision or Precision.fp32()
+    precision = Precision.fp32() if precision is None else precision
     if sharding == "auto" and isinstance(model, nn.Module):
         sharding = automatic.choose(model, units, precision, ranks_per_node, prefetch_bytes, world)
     found, rungs, sharding = agreement.agree(model, sharding, units, precision, ranks_per_node, prefetch_bytes, world)

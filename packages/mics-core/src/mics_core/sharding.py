@@ -57,6 +57,8 @@ class Sharding:
 
     def resolve(self, world: int) -> Sharding:
         """The same with `WORLD` replaced, checked for a world of so many ranks."""
+        if type(world) is not int or world < 1:
+            raise ConfigError(f"Sharding: the number of ranks is {world!r}, expected a count from 1 up")
         given = {"params": self.params, "grads": self.grads, "optimizer": self.optimizer}
         for name, degree in given.items():
             if type(degree) is not int or (degree < 1 and degree != WORLD):
@@ -127,6 +129,9 @@ class Precision:
                 f"Precision: master is {self.master}, expected float32 or float64 and no narrower than compute, "
                 f"{self.compute}: small updates would be lost in it"
             )
+
+        if not isinstance(self.loss_scale, LossScale | None):
+            raise ConfigError(f"Precision: loss_scale is {self.loss_scale!r}, expected a mics.LossScale, or None")
 
     @classmethod
     def fp32(cls) -> Precision:

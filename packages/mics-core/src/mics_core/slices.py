@@ -26,6 +26,8 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
     >>> matrices = [p for p in model.parameters() if len(mics.shape_of(p)) > 1]    # doctest: +SKIP
     """
+    if not isinstance(parameter, torch.Tensor):
+        raise ConfigError(f"shape_of: got a {type(parameter).__name__}, expected a parameter or another tensor")
     shape: torch.Size = getattr(parameter, "mics_shape", parameter.shape)
     return shape
 

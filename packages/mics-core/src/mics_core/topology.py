@@ -30,9 +30,10 @@ class Topology:
     ranks_per_node: int
 
     def __post_init__(self) -> None:
-        if self.ranks_per_node < 1 or self.world < 1 or (self.world % min(self.ranks_per_node, self.world)):
+        counts = type(self.ranks_per_node) is int and self.ranks_per_node >= 1 and self.world >= 1
+        if not counts or (self.world % min(self.ranks_per_node, self.world)):
             raise ConfigError(
-                f"ranks_per_node is {self.ranks_per_node}, expected a divisor of the {self.world} ranks: use whole "
+                f"ranks_per_node is {self.ranks_per_node!r}, expected a divisor of the {self.world} ranks: use whole "
                 "nodes of one size"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,12 @@ def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Bat
     """
     runtime = registry.runtime_of(model, "accumulate")
     conductor, world = runtime.conductor, runtime.world
-    batches = iter(micro_batches)
+    try:
+        batches = iter(micro_batches)
+    except TypeError as error:
+        raise ConfigError(
+            f"accumulate: micro_batches is {micro_batches!r}, expected the micro-batches of a step, such as a list"
+        ) from error
     length = len(micro_batches) if isinstance(micro_batches, Sized) else None
     try:
         batch = next(batches, _END)
@@ -62,9 +68,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     Every element counts once, however it is sharded. The norm stays on the device: reading it makes the host wait. With
     mics.AdamW gradients are multiplied as the step reads them, and `p.grad` still shows them unclipped.
     """
-    if not max_norm >= 0:
+    if not (isinstance(max_norm, Real | torch.Tensor) and max_norm >= 0):
         raise ConfigError(
-            f"clip_grad_norm_: max_norm is {max_norm}, expected a norm from 0 up, or infinity to measure it"
+            f"clip_grad_norm_: max_norm is {max_norm!r}, expected a norm from 0 up, or infinity to measure it"
         )
     return registry.runtime_of(model, "clip_grad_norm_").clip(float(max_norm))
 

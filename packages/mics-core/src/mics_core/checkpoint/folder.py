@@ -38,6 +38,13 @@ _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
+def path_of(given: str | os.PathLike[str], caller: str) -> Path:
+    """A path as users give it."""
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"{caller}: the path is {given!r}, expected a text or a Path: name a file or folder")
+    return Path(given)
+
+
 @dataclass(frozen=True)
 class Place:
     """A checkpoint's own directory. Only rank 0 calls what changes anything."""

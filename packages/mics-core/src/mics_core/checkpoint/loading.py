@@ -15,6 +15,7 @@ from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Cut, Name, own_name
+from mics_core.checkpoint.folder import path_of
 from mics_core.checkpoint.optimizer_state import Wanted
 from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
@@ -52,7 +53,7 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
         runtime.rest("load")
         wait_for_saves()
         runtime.wait()
-        return Stored(Path(path))
+        return Stored(path_of(path, "load"))
 
     stored = together(world, "load", look)
     versions = exchange(world, "load", lambda: hashlib.sha256(stored.manifest.render()).digest())

@@ -38,6 +38,8 @@ class Saved:
 
 def names(runtime: Runtime, optimizer: Optimizer) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"the optimizer is {optimizer!r}, expected a torch optimizer, or None")
     known = {
         id(parameter): slot.name
         for station in runtime.conductor.stations

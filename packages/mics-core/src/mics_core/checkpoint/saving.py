@@ -19,7 +19,7 @@ from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Contents, Name
-from mics_core.checkpoint.folder import Place
+from mics_core.checkpoint.folder import Place, path_of
 from mics_core.checkpoint.host_memory import copies
 from mics_core.checkpoint.manifest import INDEX, Manifest
 from mics_core.checkpoint.plain import digest, packed
@@ -122,9 +122,9 @@ def save(
         runtime.rest("save")
         wait_for_saves()
         runtime.wait()
-        place = Place(Path(path).absolute())
-        if keep is not None and keep < 1:
-            raise ConfigError(f"save: keep is {keep}, expected at least 1: the new checkpoint counts")
+        place = Place(path_of(path, "save").absolute())
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ConfigError(f"save: keep is {keep!r}, expected a count from 1 up: the new checkpoint counts")
         _check_gradients(runtime)
         found = _collect(runtime, model, optimizer, extra)
         if background:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mics_core.checkpoint.folder import FOREIGN
+from mics_core.checkpoint.folder import FOREIGN, path_of
 from mics_core.checkpoint.manifest import INDEX as DCP_INDEX
 from mics_core.checkpoint.manifest import MANIFEST
 from mics_core.checkpoint.safetensors import Files
@@ -22,7 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def open_weights(path: str | Path) -> Mapping[str, Tensor]:
     """The tensors of a file or folder that `load_weights` takes, by name, in mapped memory."""
-    path = Path(path)
+    path = path_of(path, "load_weights")
     if path.is_dir():
         there = [name for name in (SINGLE, INDEX) if (path / name).is_file()]
         if len(there) != 1:

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,9 +74,12 @@ class Cluster:
     """On CPU ranks, by System's value: seconds of the host at every unit in a micro-step; half of it in the update."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "memory", "memory_bandwidth", "efficiency"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"Cluster: {name} is {getattr(self, name)}, expected more than 0: set it")
+        for kind, name in ((kind, name) for kind, names in _FIELDS.items() for name in names):
+            value: Any = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(f"Cluster: {name} is {value!r}, expected {_KINDS[kind]}: set it")
+            if kind in (int, Real) and not getattr(self, name) > 0:
+                raise ConfigError(f"Cluster: {name} is {value}, expected more than 0: set it")
         if self.ranks > MOST_RANKS:
             raise ConfigError(
                 f"Cluster: {self.nodes} nodes of {self.ranks_per_node} ranks are {self.ranks} ranks, expected at most "
@@ -115,9 +119,9 @@ class Cluster:
     @classmethod
     def parse(cls, text: str) -> Cluster:
         """What commands are told: "p4d.24xlarge:64", a preset with nodes, or "cluster.toml:8", a file."""
-        name, colon, count = text.rpartition(":")
+        name, colon, count = str(text).rpartition(":")
         if not colon:
-            name, count = text, ""
+            name, count = count, ""
         elif not count.isdecimal() or len(count) > 9 or int(count) < 1:
             raise ConfigError(
                 f"cluster: got {text[:60]!r}, expected a number of nodes behind the colon, as in {name}:64"
@@ -264,8 +268,21 @@ _KINDS: Mapping[type, str] = {
     str: "a text in quotes",
     int: "a whole number",
     float: "a number",
+    Real: "a number",
     dict: "a table of fields",
     list: "a list",
+    Mapping: "a table of fields",
+    Link: "a Link",
+    Transport: "a Transport",
+}
+
+_FIELDS: Mapping[type, tuple[str, ...]] = {
+    str: ("name",),
+    int: ("nodes", "ranks_per_node"),
+    Real: ("memory", "memory_bandwidth", "efficiency"),
+    Mapping: ("flops", "host", "sources"),
+    Link: ("intra", "inter"),
+    Transport: ("transport",),
 }
 
 

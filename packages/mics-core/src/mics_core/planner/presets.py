@@ -28,9 +28,9 @@ def find(name: str) -> Cluster:
     """One node of this kind."""
     if name == THIS:
         return this_machine()
-    if name not in _KNOWN:
-        known = [*_KNOWN, THIS]
-        close = get_close_matches(name, known, 1, 0.5)
+    known = [*_KNOWN, THIS]
+    if name not in known:
+        close = get_close_matches(str(name), known, 1, 0.5)
         meant = f", perhaps {close[0]!r}" if close else ""
         raise ConfigError(
             f"cluster: there is no preset {name!r}, only {', '.join(known)}{meant}: take one of them, or a file that "

@@ -67,6 +67,13 @@ def plan(
     cuts nothing over a part of a node, then the one that cuts least. Raises a ConfigError that says the least that
     would do if nothing fits.
     """
+    if not isinstance(model, nn.Module | Workload):
+        raise ConfigError(f"plan: the model is {model!r}, expected a torch.nn.Module, or what trace found of one")
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(
+            f'plan: cluster is {cluster!r}, expected a mics.Cluster: make one with Cluster.parse("p4d.24xlarge:4"), or '
+            "with Cluster.load"
+        )
     precisions = _precisions(precision)
     if isinstance(model, Workload):
         workload = model
@@ -107,17 +114,20 @@ def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
             f"plan: {type(model).__name__} takes {list(names)}, expected tokens (or input_ids) and targets (or "
             "labels): pass what it is called with as mics.plan(sample=...)"
         )
-    if seq is None or not 1 <= seq <= MOST:
+    if type(seq) is not int or not 1 <= seq <= MOST:
         raise ConfigError(
-            f"plan: seq is {seq}, expected the tokens of a sample, 1 to {MOST}: pass seq=..., or sample=..."
+            f"plan: seq is {seq!r}, expected the tokens of a sample, 1 to {MOST}: pass seq=..., or sample=..."
         )
     row = torch.empty(1, seq, dtype=torch.int64, device="meta")
     return {tokens: row, targets: row}
 
 
 def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[Precision]:
-    several = [precision or Precision.fp32()] if isinstance(precision, Precision | None) else list(precision)
-    if not several or len({(each.compute, each.master) for each in several}) != 1:
+    if precision is None:
+        return [Precision.fp32()]
+    several = precision if isinstance(precision, Sequence) else [precision]
+    right = bool(several) and all(isinstance(each, Precision) for each in several)
+    if not right or len({(each.compute, each.master) for each in several}) != 1:
         raise ConfigError(
             f"plan: precision is {precision!r}, expected one mics.Precision, or several that differ in reduce alone: "
             "plan for each compute dtype apart"
@@ -126,11 +136,13 @@ def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[P
 
 
 def _share(global_batch: int, cluster: Cluster) -> int:
-    if not 1 <= global_batch <= MOST or global_batch % cluster.ranks:
-        near = max(1, (min(global_batch, MOST) + cluster.ranks // 2) // cluster.ranks) * cluster.ranks
+    whole = type(global_batch) is int
+    if not whole or not 1 <= global_batch <= MOST or global_batch % cluster.ranks:
+        given = global_batch if whole else 1
+        near = max(1, (min(given, MOST) + cluster.ranks // 2) // cluster.ranks) * cluster.ranks
         raise ConfigError(
-            f"plan: global_batch is {global_batch}, expected a multiple of the {cluster.ranks} ranks, so that each has "
-            f"equally many samples, and at most {MOST}: take {near}, for example"
+            f"plan: global_batch is {global_batch!r}, expected a multiple of the {cluster.ranks} ranks, so that each "
+            f"has equally many samples, and at most {MOST}: take {near}, for example"
         )
     return global_batch // cluster.ranks
 

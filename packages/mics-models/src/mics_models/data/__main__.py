@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--held-out",
         default=default.held_out,
         type=int,
-        help="one document in so many (%(default)s); of too few files of text the end of each",
+        help="one document in so many (%(default)s); of too few documents the end of each",
     )
     making.add_argument("--skip-bad", action="store_true", help="list what cannot be read, and go on")
     for name, what in (("verify", "read all of a folder and compare checksums"), ("show", "say what a folder holds")):

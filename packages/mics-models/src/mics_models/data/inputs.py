@@ -151,5 +151,3 @@ ROWS = 256
 
 READERS = {".txt": _read_txt, ".md": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 KINDS = ", ".join(READERS)
-WHOLE = tuple(kind for kind, reader in READERS.items() if reader is _read_txt)
-"""Kinds of files that are a document each."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mics_models.data.byte_tokens import Bytes
 from mics_models.data.corpus import HELD_OUT_SHARE, VOCAB, is_held_out
-from mics_models.data.inputs import WHOLE, Bad, Document, find, read
+from mics_models.data.inputs import Bad, Document, find, read
 from mics_models.data.prepared import (
     MANIFEST,
     SIDES,
@@ -82,9 +82,8 @@ class Settings:
 
 def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[[str], None] = print) -> Manifest:
     """Make the folder `out` of these files and folders, or go on with it, and return its manifest."""
-    found = find(paths)
-    plan = _planned(found)
-    if _on_one_side(found, settings.held_out):
+    plan = _planned(find(paths))
+    if _on_one_side(plan, settings):
         say(f"too few documents to hold a whole one out: the last 1/{settings.held_out} of each is held out")
         settings = replace(settings, ends=True)
     for side in SIDES:
@@ -103,14 +102,16 @@ def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[
     return manifest
 
 
-def _on_one_side(paths: Sequence[Path], share: int) -> bool:
-    """Whether files that are a document each would all be trained on, or all be held out."""
-    sides = set()
-    for path in paths if all(path.suffix in WHOLE for path in paths) else ():
-        sides.add(is_held_out(path.read_bytes(), share))
-        if len(sides) > 1:
-            break
-    return len(sides) == 1
+def _on_one_side(plan: Plan, settings: Settings) -> bool:
+    """Whether all documents would be trained on, or all be held out. What is bad is told when it is encoded."""
+    seen: set[str] = set()
+    looking = replace(settings, skip_bad=True)
+    for source in (source for sources in plan.values() for source in sources):
+        for document in _documents(source, looking, _Skipped()):
+            seen.update(side for side, _ in settings.sides(document.text))
+            if len(seen) > 1:
+                return False
+    return len(seen) == 1
 
 
 def _planned(paths: Iterable[Path]) -> Plan:
