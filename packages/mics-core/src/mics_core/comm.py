@@ -238,12 +238,13 @@ def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
     return len(names) // len(set(names))
 
 
-def check_placement(names: Sequence[str], per_node: int) -> None:
+def check_placement(names: Sequence[str], per_node: int, ranks: Sequence[int]) -> None:
     """Raise if ranks that count as one node are on several."""
-    for rank, name in enumerate(names):
-        first = rank - rank % per_node
+    for place, name in enumerate(names):
+        first = place - place % per_node
         if names[first] != name:
             raise ConfigError(
-                f"ranks {first} to {first + per_node - 1} should share a node of {per_node}, but rank {first} is on "
-                f"{names[first]} and rank {rank} on {name}: number the ranks node by node, as torchrun does"
+                f"ranks {ranks[first]} to {ranks[first + per_node - 1]} should share a node of {per_node}, but rank "
+                f"{ranks[first]} is on {names[first]} and rank {ranks[place]} on {name}: number the ranks node by "
+                "node, as torchrun does"
             )
