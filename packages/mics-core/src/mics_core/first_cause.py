@@ -10,11 +10,13 @@ import atexit
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 _GRACE = 1.0  # seconds: a rank that is ending may not have told yet
+_ROLL_CALL = 5.0  # seconds: a rank on a busy machine is not to be taken for one that does not come
 _PAUSE = 0.05
 _LONGEST = 500  # characters of another rank's sentence
 
@@ -54,6 +56,26 @@ def known() -> str:
         return ""  # the store is gone with the rank that kept it
 
 
+def absentees(meeting: str, ranks: Sequence[int]) -> list[int]:
+    """Those of these ranks that do not say, a moment after this one, that the same meeting has failed for them, too.
+
+    Whoever waits for messages hears of a failure at once, as connections are closed; whoever does not come, does not.
+    """
+    if _store is None:
+        return []
+    keys = {rank: f"mics: rank {rank} misses others in {meeting}, {_start()}" for rank in ranks}
+    deadline = time.monotonic() + _ROLL_CALL
+    try:
+        _store.set(keys[_rank], "")
+        while not _store.check(list(keys.values())) and not _store.check([_key()]):  # which names who ended
+            if time.monotonic() > deadline:
+                return [rank for rank, key in keys.items() if not _store.check([key])]
+            time.sleep(_PAUSE)
+    except RuntimeError:  # the store is gone with the rank that kept it
+        return []
+    return []
+
+
 def blamed(what: str, error: BaseException) -> RuntimeError:
     """The error of something that needs other ranks: the first cause first, what the network said last."""
     cause = known()
@@ -62,7 +84,11 @@ def blamed(what: str, error: BaseException) -> RuntimeError:
 
 
 def _key() -> str:
-    return f"mics: why the first rank ended, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"mics: why the first rank ended, {_start()}"
+
+
+def _start() -> str:
+    return f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def publish_at_the_end() -> None:
