@@ -134,8 +134,9 @@ def save(
             found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
         hashed = model_state.hash_of(model_state.buffers(model, "save"))
+        settings = {} if optimizer is None else optimizer_state.digests(optimizer)
         digests = {name: digest(value) for name, value in extra.items() if value is not None}
-        return _Told((str(place.path), keep, background), hashed, digests)
+        return _Told((str(place.path), keep, background), hashed, settings, digests)
 
     told = exchange(world, "save", collect)
     _check_alike(told, world.ranks)
@@ -231,6 +232,7 @@ class _Told:
 
     request: tuple[str, int | None, bool]
     buffers: bytes
+    settings: dict[str, str]
     extra: dict[str, str]
 
 
@@ -244,6 +246,9 @@ def _check_alike(told: list[_Told], ranks: Sequence[int]) -> None:
                 f"{ranks[0]}: ask alike everywhere"
             )
         apart = f"is not the same on rank {rank} as on rank {ranks[0]}, which alone is saved, expected it alike on all"
+        for name in sorted(theirs.settings.keys() | first.settings.keys()):
+            if theirs.settings.get(name) != first.settings.get(name):
+                raise ConfigError(f"save: {name} {apart} ranks: give all ranks' optimizers the same settings")
         for name in sorted(theirs.extra):
             if theirs.extra[name] != first.extra.get(name):
                 raise ConfigError(
