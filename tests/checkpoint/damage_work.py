@@ -216,7 +216,6 @@ def keep_two(folder: Path) -> list[list[str]]:
             (folder / "notes").mkdir(exist_ok=True)
         dist.barrier()
         mics.save(folder / f"step-{step}", model, optimizer, step=step, keep=2)
-        dist.barrier()  # rank 0 removes when the others have gone on
         there.append(sorted(path.name for path in folder.iterdir() if path.name != ".lock"))
         assert mics.load(folder, model, optimizer) == {"step": step}
         dist.barrier()
@@ -271,6 +270,7 @@ def save_beside_another(folder: Path) -> list[str]:
         other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert other.stdout is not None
         other.stdout.readline()
+        (folder / ".step-2.saving").mkdir()
     dist.barrier()
     for _ in range(2):
         try:
@@ -278,6 +278,7 @@ def save_beside_another(folder: Path) -> list[str]:
             said.append("saved")
         except ValueError as error:
             said.append(str(error))
+            assert (folder / ".step-2.saving").is_dir()  # which the other one writes to
         if other is not None and other.poll() is None:
             other.kill()  # as a training that dies while saving
             other.communicate()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,7 @@ def test_bytes_reach_the_disk_before_all_are_written(tmp_path: Path, monkeypatch
         real(file)
 
     monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(writing, "_AHEAD", 1 << 16)
     model = mics.shard(nn.Linear(512, 1024), mics.Sharding.ddp())
     mics.save(tmp_path / "step-1", model, None)
     (whole,) = (path.stat().st_size for path in (tmp_path / "step-1").glob("*.distcp"))
@@ -56,6 +61,33 @@ def test_an_error_of_an_early_sync_is_raised_though_the_last_one_succeeds(
     assert caught.value.__cause__ is None  # a sentence, not two tracebacks
     assert caught.value.__suppress_context__
     assert not (tmp_path / "step-1").exists()
+
+
+def test_a_process_that_ends_lets_its_last_save_end(tmp_path: Path) -> None:
+    program = (
+        "import sys, mics_core as mics; from torch import nn; "
+        "model = mics.shard(nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(8)]), mics.Sharding.ddp()); "
+        "mics.save(sys.argv[1], model, None, background=True)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "step-1")], check=False, stderr=subprocess.PIPE)
+    assert (tmp_path / "step-1" / "manifest.json").is_file(), run.stderr.decode()
+
+
+def test_no_call_brings_much_more_to_the_disk_than_ranks_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_AHEAD", 1 << 16)
+    monkeypatch.setattr(writing, "_BEHIND", 1 << 17)
+    sizes = [0]
+
+    def sync(file: int) -> None:
+        time.sleep(0.01)  # slower than the memory that is written to
+        sizes.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    mics.save(tmp_path / "step-1", mics.shard(nn.Linear(512, 1024), mics.Sharding.ddp()), None)
+    (whole,) = (path.stat().st_size for path in (tmp_path / "step-1").glob("*.distcp"))
+    assert max(after - before for before, after in pairwise([*sizes, whole])) <= 1 << 18
 
 
 def test_background_saves_copy_to_the_same_memory_which_grows_with_what_is_saved(tmp_path: Path) -> None:

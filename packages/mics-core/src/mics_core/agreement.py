@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -54,16 +55,16 @@ def agree(
     digest = hashlib.sha256(repr(described).encode()).hexdigest()
     mine = Request(resolved, precision, ranks_per_node, prefetch_bytes, digest, comm.node_name(), error)
     requests: list[Request] = world.tell(mine, "shard")
-    for rank, request in enumerate(requests):
+    for rank, request in zip(world.ranks, requests, strict=True):
         if request.error is not None:
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
-    _check_alike(requests)
+    _check_alike(requests, world.ranks)
     if any(request.model != requests[0].model for request in requests):
-        _tell_difference(world.tell(described, "shard"))
+        _tell_difference(world.tell(described, "shard"), world.ranks)
     nodes = [request.node for request in requests]
     per_node = ranks_per_node if ranks_per_node is not None else comm.ranks_per_node(nodes, whole_world=world.whole)
     topology = Topology(world.size, per_node)
-    comm.check_placement(nodes, min(per_node, world.size))
+    comm.check_placement(nodes, min(per_node, world.size), world.ranks)
     assert resolved is not None
     return units, Rungs.of(resolved, topology), resolved
 
@@ -125,13 +126,15 @@ def _checked_units(
     return units
 
 
-def _check_alike(requests: list[Request]) -> None:
+def _check_alike(requests: list[Request], ranks: Sequence[int]) -> None:
     first = requests[0]
-    for rank, request in enumerate(requests):
+    for rank, request in zip(ranks, requests, strict=True):
         for name in ("sharding", "precision", "ranks_per_node", "prefetch_bytes"):
             here, there = getattr(request, name), getattr(first, name)
             if here != there:
-                raise ConfigError(f"shard: {name} is {here} on rank {rank} and {there} on rank 0: ask alike everywhere")
+                raise ConfigError(
+                    f"shard: {name} is {here} on rank {rank} and {there} on rank {ranks[0]}: ask alike everywhere"
+                )
 
 
 def _describe(units: list[Unit]) -> list[tuple[object, ...]]:
@@ -145,11 +148,11 @@ def _describe(units: list[Unit]) -> list[tuple[object, ...]]:
     return lines
 
 
-def _tell_difference(models: list[list[tuple[object, ...]]]) -> None:
-    for rank, model in enumerate(models):
+def _tell_difference(models: list[list[tuple[object, ...]]], ranks: Sequence[int]) -> None:
+    for rank, model in zip(ranks, models, strict=True):
         for here, there in zip_longest(model, models[0], fillvalue="no more parameters"):
             if here != there:
                 raise ConfigError(
-                    f"shard: the models differ: rank {rank} has {here} where rank 0 has {there}: build the same model, "
-                    "with the same units, on every rank"
+                    f"shard: the models differ: rank {rank} has {here} where rank {ranks[0]} has {there}: build the "
+                    "same model, with the same units, on every rank"
                 )

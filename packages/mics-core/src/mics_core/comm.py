@@ -6,6 +6,7 @@ import copy
 import os
 import socket
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mics_core.errors import ConfigError, LifecycleError
-from mics_core.first_cause import blamed, remember_store
+from mics_core.first_cause import absentees, blamed, remember_store
 from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
 
@@ -32,7 +33,8 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """Join the ranks that `torchrun` started, and return this rank's device.
 
     With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
-    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error.
+    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error, and so
+    does a save or a load in which a rank's disk does nothing for about as long, however long it takes while it goes on.
     """
     global _timeout
     if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
@@ -112,12 +114,17 @@ class World:
                 raise blamed("shard: taking rank 0's weights", error) from error
             flat.copy_(pass_on.view(flat.dtype).view(flat.shape))
 
-    def beside(self, name: str, timeout: timedelta) -> World:
+    @property
+    def timeout(self) -> float:
+        """Seconds that ranks wait for each other, as `init` was told."""
+        return _patience().total_seconds()
+
+    def beside(self, name: str) -> World:
         """The same ranks, for another thread to talk to: what two threads say in one group gets mixed."""
         twin = copy.copy(self)
         if self.size > 1:
             _count_groups_alike(self._control)
-            twin._control = self._subgroup(self.ranks, name, "gloo", timeout)
+            twin._control = self._subgroup(self.ranks, name, "gloo")
         return twin
 
     def _find_largest(self, group: ProcessGroup, numbers: torch.Tensor, what: str) -> None:
@@ -171,16 +178,14 @@ class World:
             _lanes[name, device] = lane(f"mics {name}", device, urgent=urgent)
         return _lanes[name, device]
 
-    def _subgroup(
-        self, ranks: tuple[int, ...], name: str, backend: str, timeout: timedelta | None = None
-    ) -> ProcessGroup:
+    def _subgroup(self, ranks: tuple[int, ...], name: str, backend: str) -> ProcessGroup:
         """A process group for one purpose."""
         _forget_old_world()
         key = (self.ranks, ranks, name)
         if key not in _subgroups:
             _subgroups[key] = dist.new_group(
                 list(ranks),
-                timeout=timeout or (_timeout[1] if _timeout[0] is dist.group.WORLD else _PATIENCE),
+                timeout=_patience(),
                 backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
                 use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
                 sort_ranks=False,
@@ -193,7 +198,12 @@ class World:
 # alone, so a group belongs to one lane, and a lane is one queue for all models.
 _subgroups: dict[tuple[tuple[int, ...], tuple[int, ...], str], ProcessGroup] = {}
 _lanes: dict[tuple[str, torch.device], Lane] = {}
+_told: Counter[str] = Counter()  # how often the ranks of a group have told each other something, by its name
 _parent: ProcessGroup | None = None  # the world that these are for
+
+
+def _patience() -> timedelta:
+    return _timeout[1] if _timeout[0] is dist.group.WORLD else _PATIENCE
 
 
 def _forget_old_world() -> None:
@@ -201,15 +211,23 @@ def _forget_old_world() -> None:
     if dist.group.WORLD is not _parent:  # it was destroyed
         _subgroups.clear()
         _lanes.clear()
+        _told.clear()
         _parent = dist.group.WORLD
 
 
 def _tell(group: ProcessGroup | None, ranks: Sequence[int], mine: object, what: str) -> list[Any]:
     """What every rank of the group says, all of them about the same."""
     everyone: list[Any] = [None] * len(ranks)
+    _forget_old_world()
+    name = str((group or dist.distributed_c10d._get_default_group()).group_name)
+    _told[name] += 1
     try:
         dist.all_gather_object(everyone, (what, mine), group=group)
     except RuntimeError as error:
+        absent = absentees(f"{name} {_told[name]}", ranks)
+        if absent:
+            others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
+            raise blamed(f"{what}: hearing all ranks", silent("nothing came from", absent[0], others, error)) from error
         raise blamed(f"{what}: hearing all ranks", error) from error
     (first, _), *_ = everyone
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):
@@ -245,12 +263,13 @@ def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
     return len(names) // len(set(names))
 
 
-def check_placement(names: Sequence[str], per_node: int) -> None:
+def check_placement(names: Sequence[str], per_node: int, ranks: Sequence[int]) -> None:
     """Raise if ranks that count as one node are on several."""
-    for rank, name in enumerate(names):
-        first = rank - rank % per_node
+    for place, name in enumerate(names):
+        first = place - place % per_node
         if names[first] != name:
             raise ConfigError(
-                f"ranks {first} to {first + per_node - 1} should share a node of {per_node}, but rank {first} is on "
-                f"{names[first]} and rank {rank} on {name}: number the ranks node by node, as torchrun does"
+                f"ranks {ranks[first]} to {ranks[first + per_node - 1]} should share a node of {per_node}, but rank "
+                f"{ranks[first]} is on {names[first]} and rank {ranks[place]} on {name}: number the ranks node by "
+                "node, as torchrun does"
             )

@@ -11,13 +11,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 _GRACE = 1.0  # seconds: a rank that is ending may not have told yet
-_ANSWER = 5.0  # seconds: the store may lie beyond a link that is down, where torch waits for it without end
+_ROLL_CALL = 5.0  # seconds: a rank on a busy machine is not to be taken for one that does not come
+_ANSWER = 5.0  # seconds more: the store may lie beyond a link that is down, where torch waits for it without end
 _PAUSE = 0.05
 _LONGEST = 500  # characters of another rank's sentence
 
@@ -43,28 +47,56 @@ def publish(error: BaseException) -> None:
 
 
 def known() -> str:
-    """What the first rank told that ended; "" if none has, or if the store does not answer: then nobody asks again."""
+    """What the first rank told that ended; "" if none has."""
+    return _answered(_first, "", _GRACE)
+
+
+def absentees(meeting: str, ranks: Sequence[int]) -> list[int]:
+    """Those of these ranks that do not say, a moment after this one, that the same meeting has failed for them, too.
+
+    Whoever waits for messages hears of a failure at once, as connections are closed; whoever does not come, does not.
+    """
+    keys = {rank: f"mics: rank {rank} misses others in {meeting}, {_start()}" for rank in ranks}
+    return _answered(lambda store: _silent(store, keys), [], _ROLL_CALL)
+
+
+def _first(store: Any) -> str:
+    deadline = time.monotonic() + _GRACE
+    while not store.check([_key()]):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(_PAUSE)
+    return str(store.get(_key()).decode(errors="replace"))
+
+
+def _silent(store: Any, keys: dict[int, str]) -> list[int]:
+    deadline = time.monotonic() + _ROLL_CALL
+    store.set(keys[_rank], "")
+    while not store.check(list(keys.values())) and not store.check([_key()]):  # which names who ended
+        if time.monotonic() > deadline:
+            return [rank for rank, key in keys.items() if not store.check([key])]
+        time.sleep(_PAUSE)
+    return []
+
+
+def _answered(ask: Callable[[Any], T], nothing: T, seconds: float) -> T:
+    """What comes of asking the store for so long; nothing if it does not answer: then nobody asks again."""
     global _store
     if _store is None:
-        return ""
-    told: list[str] = []
-    asking = threading.Thread(target=_ask, args=(_store, told), name="mics first cause", daemon=True)
+        return nothing
+    answers: list[T] = []
+
+    def work(store: Any) -> None:
+        with suppress(RuntimeError):  # the store is gone with the rank that kept it
+            answers.append(ask(store))
+
+    asking = threading.Thread(target=work, args=(_store,), name="mics first cause", daemon=True)
     with suppress(RuntimeError):  # an interpreter that ends starts no thread
         asking.start()
-        asking.join(_ANSWER)
+        asking.join(seconds + _ANSWER)
         if asking.is_alive():
             _store = None
-    return told[0] if told else ""
-
-
-def _ask(store: Any, told: list[str]) -> None:
-    deadline = time.monotonic() + _GRACE
-    with suppress(RuntimeError):  # the store is gone with the rank that kept it
-        while not store.check([_key()]):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(_PAUSE)
-        told.append(store.get(_key()).decode(errors="replace"))
+    return answers[0] if answers else nothing
 
 
 def blamed(what: str, error: BaseException) -> RuntimeError:
@@ -75,7 +107,11 @@ def blamed(what: str, error: BaseException) -> RuntimeError:
 
 
 def _key() -> str:
-    return f"mics: why the first rank ended, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"mics: why the first rank ended, {_start()}"
+
+
+def _start() -> str:
+    return f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def publish_at_the_end() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mics_core.checkpoint.at_disk import Task
 from mics_core.comm import World
 from mics_core.errors import ConfigError, LifecycleError
 
@@ -16,6 +17,7 @@ _WRITABLE = (
     "they were"
 )
 _READABLE = "expected files that all ranks may read: give another path"
+_LOOKS = 3  # at a job in the time of the timeout: as many in a row that see no progress are its end
 
 
 @dataclass(frozen=True)
@@ -24,27 +26,52 @@ class _Problem:
     text: str
 
 
-def exchange(world: World, caller: str, job: Callable[[], T]) -> list[T]:
-    """Do a job on every rank; each rank's result, which should be small, or the first exception of any rank."""
-    mine: tuple[T | None, _Problem | None] = (None, None)
-    cause: Exception | None = None  # of what has no sentence of its own
-    try:
-        mine = (job(), None)
-    except Exception as error:  # the other ranks must hear of it, whatever it is
-        cause = None if isinstance(error, (ConfigError, LifecycleError, OSError)) else error
-        mine = (None, _problem(caller, error))
-    answers: list[tuple[T, _Problem | None]] = world.tell(mine, caller)
-    for rank, (_, problem) in enumerate(answers):
+@dataclass(frozen=True)
+class _Busy:
+    doing: str
+    looks: int  # in a row that saw it where it was
+
+
+def exchange(world: World, caller: str, job: Callable[[], T], at_disk: str = "") -> list[T]:
+    """Do a job on every rank; each rank's result, which should be small, or the first exception of any rank.
+
+    A job at a disk, `at_disk` says which, is done in a thread, while this one tells the other ranks now and then how it
+    gets on: it may take hours, but one that gets nowhere for about the timeout of `init` is an error on all ranks.
+    """
+    task = Task(job) if at_disk else None
+    while True:
+        mine: tuple[T | None, _Problem | None] | _Busy = (None, None)
+        cause: Exception | None = None  # of what has no sentence of its own
+        if task is not None and not task.wait(world.timeout / _LOOKS):
+            mine = _Busy(at_disk, task.looks())
+        else:
+            try:
+                mine = (job() if task is None else task.result(), None)
+            except Exception as error:  # the other ranks must hear of it, whatever it is
+                cause = None if isinstance(error, (ConfigError, LifecycleError, OSError)) else error
+                mine = (None, _problem(caller, error))
+        answers: list[tuple[T, _Problem | None] | _Busy] = world.tell(mine, caller)
+        over = [answer for answer in answers if not isinstance(answer, _Busy)]
+        if len(over) == world.size:
+            break
+        for rank, answer in zip(world.ranks, answers, strict=True):
+            if isinstance(answer, _Busy) and answer.looks >= _LOOKS:
+                raise RuntimeError(
+                    f"{caller}: rank {rank} got no further in {world.timeout:.0f} s with {answer.doing}, expected its "
+                    "disk to answer within the timeout of mics.init, however slowly it works: see what that disk waits "
+                    "for, or give init a longer timeout"
+                )
+    for rank, (_, problem) in zip(world.ranks, over, strict=True):
         if problem is not None:
-            here = mine[1] is not None and mine[1].text == problem.text
+            here = mine == (None, problem)
             raise problem.kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
-    return [result for result, _ in answers]
+    return [result for result, _ in over]
 
 
-def together(world: World, caller: str, job: Callable[[], T]) -> T:
+def together(world: World, caller: str, job: Callable[[], T], at_disk: str = "") -> T:
     """Do a job on every rank; this rank's result."""
     results: list[T] = []
-    exchange(world, caller, lambda: results.append(job()))
+    exchange(world, caller, lambda: results.append(job()), at_disk)
     return results[0]
 
 

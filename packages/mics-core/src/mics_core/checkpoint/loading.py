@@ -20,7 +20,7 @@ from mics_core.checkpoint.optimizer_state import Wanted
 from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
 from mics_core.checkpoint.runs import go_on_with
-from mics_core.checkpoint.saving import EXTRA, patient, wait_for_saves
+from mics_core.checkpoint.saving import EXTRA, wait_for_saves
 from mics_core.errors import ConfigError
 from mics_core.runtime import Runtime
 
@@ -47,26 +47,26 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     takes the classes that this is given: save it again then.
     """
     runtime = registry.runtime_of(model, "load")
-    world = patient(runtime.world)
+    world = runtime.world.beside("checkpoint")
 
-    def look() -> Stored:
+    def rest() -> None:
         runtime.rest("load")
         wait_for_saves()
         runtime.wait()
-        return Stored(path_of(path, "load"))
 
-    stored = together(world, "load", look)
+    together(world, "load", rest)
+    stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
     versions = exchange(world, "load", lambda: hashlib.sha256(stored.manifest.render()).digest())
-    odd = [rank for rank, version in enumerate(versions) if version != versions[0]]
+    odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
         raise ConfigError(
-            f"load: ranks {odd} find another checkpoint than rank 0: give one path, on a shared disk, or load again "
-            "if a save replaced it meanwhile"
+            f"load: ranks {odd} find another checkpoint than rank {world.ranks[0]}: give one path, on a shared disk, "
+            "or load again if a save replaced it meanwhile"
         )
     if verify:
-        together(world, "load", lambda: stored.verify(world.rank, world.size))
-    job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored))
-    together(world, "load", job.read)
+        together(world, "load", lambda: stored.verify(world.rank, world.size), "verifying its share of the files")
+    job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored), "opening its files")
+    together(world, "load", job.read, "reading its part")
     together(world, "load", job.finish)
     return job.extra
 

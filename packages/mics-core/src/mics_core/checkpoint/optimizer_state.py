@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from mics_core.checkpoint.contents import Cut, Name
+from mics_core.checkpoint.plain import digest
 from mics_core.errors import ConfigError
 from mics_core.optimizer import AdamW
 from mics_core.runtime import Runtime
@@ -89,6 +90,15 @@ def collect(runtime: Runtime, optimizer: Optimizer, weights: Mapping[str, Cut]) 
 def state_name(parameter: str, key: str) -> Name:
     """What a parameter's state is called."""
     return Name(("optimizer", "state", parameter, key))
+
+
+def digests(optimizer: Optimizer) -> dict[str, str]:
+    """By which ranks find out whether their groups have the same settings."""
+    return {
+        f"{key} of the optimizer's group {number}": digest(value)
+        for number, group in enumerate(optimizer.param_groups)
+        for key, value in _settings(group).items()
+    }
 
 
 def check(runtime: Runtime, optimizer: Optimizer, kind: str | None, groups: list[dict[str, Any]]) -> None:

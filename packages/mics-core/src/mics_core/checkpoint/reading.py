@@ -6,7 +6,6 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.checkpoint.folder import find
 from mics_core.checkpoint.index import read_index
@@ -127,9 +127,11 @@ class Stored:
         planner = _Planner(memory, objects)
         share = -(-len(items) // _THREADS) or 1
         plans = [LoadPlan(list(items[first : first + share])) for first in range(0, len(items), share)]
-        with ThreadPoolExecutor(_THREADS) as threads:
-            for done in [threads.submit(self._reader.read_data, plan, planner) for plan in plans]:
-                done.result()
+        tasks = [Task(partial(self._reader.read_data, plan, planner)) for plan in plans]
+        for task in tasks:
+            task.wait()  # all write to memory of the caller's, so none goes on when one has failed
+        for task in tasks:
+            task.result()
 
     def _bytes_of(self, name: str) -> set[tuple[str, int]]:
         if self._places is None:

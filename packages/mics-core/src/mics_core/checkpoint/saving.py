@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
 from mics_core.checkpoint.agreed import exchange, together
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place, path_of
 from mics_core.checkpoint.host_memory import copies
@@ -32,7 +33,6 @@ from mics_core.runtime import Runtime
 from mics_core.topology import Rungs
 
 EXTRA = Name(("extra",))
-_PATIENCE = timedelta(hours=2)  # for a slow disk: what the ranks of a training step wait for is never that late
 
 
 class Saving:
@@ -111,14 +111,17 @@ def save(
         one that it was loaded from. A run is what becomes of a model after mics.shard: other trainings in the folder
         lose nothing, and neither does a training that began anew. What cannot be removed is a warning in every save.
 
+    A save may take hours while each rank's disk goes on. A rank whose disk answers nothing for about the timeout of
+    `init` is named by an error on all ranks; the checkpoints from before are as they were.
+
     Other tools read it as a torch.distributed.checkpoint: `python -m torch.distributed.checkpoint.format_utils
     dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
     """
     runtime = registry.runtime_of(model, "save")
-    world, rungs = patient(runtime.world), runtime.ladder.rungs
+    world, rungs = runtime.world.beside("checkpoint"), runtime.ladder.rungs
     contents: list[Contents] = []
 
-    def collect() -> tuple[tuple[str, int | None, bool], bytes, dict[str, str]]:
+    def collect() -> _Told:
         runtime.rest("save")
         wait_for_saves()
         runtime.wait()
@@ -131,28 +134,23 @@ def save(
             found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
         hashed = model_state.hash_of(model_state.buffers(model, "save"))
+        settings = {} if optimizer is None else optimizer_state.digests(optimizer)
         digests = {name: digest(value) for name, value in extra.items() if value is not None}
-        return (str(place.path), keep, background), hashed, digests
+        return _Told((str(place.path), keep, background), hashed, settings, digests)
 
-    answers = exchange(world, "save", collect)
-    _check_requests([request for request, _, _ in answers])
-    _check_extra([digests for _, _, digests in answers])
+    told = exchange(world, "save", collect)
+    _check_alike(told, world.ranks)
     own = {"random": random_state(runtime.world.device), "buffers": {}}
-    if len({hashed for _, hashed, _ in answers}) > 1:
+    if len({each.buffers for each in told}) > 1:
         own["buffers"] = model_state.buffers(model, "save")
     about = _about(runtime, optimizer, contents[0], sorted(extra))
     written = replace(contents[0], own=packed(own, "this rank's state"))
     job = _Job(Place(Path(path).absolute()), written, rungs, world.rank, keep, about)
-    together(world, "save", job.prepare)
+    job.prepare(world)
     saving = Saving(job, world, background=background)
     if background:
         _under_way.append(saving)
     return saving
-
-
-def patient(world: World) -> World:
-    """The same ranks, which wait for each other as long as a slow disk may take."""
-    return world.beside("checkpoint", _PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -166,37 +164,56 @@ class _Job:
     keep: int | None
     about: dict[str, Any]
     claim: ExitStack = field(default_factory=ExitStack)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of what changes the folder; it may hang
 
-    def prepare(self) -> None:
+    def prepare(self, world: World) -> None:
         """Make room for what will be written."""
-        if self.rank == 0:
-            self.claim.enter_context(self.place.claimed())
-            try:
-                self.place.prepare()
-            except BaseException:
-                self.claim.close()
-                raise
+        with self._left_if_it_fails(world, begun=False):
+            together(world, "save", self._prepare, "making room in the folder")
 
     def run(self, world: World) -> None:
         """Write, and publish when all ranks have."""
-        with self.claim:
-            self._write_and_publish(world)
-            if self.rank == 0:  # no rank waits for what is removed
-                self.place.tidy(self.keep, self.about["runs"])
+        with self._left_if_it_fails(world, begun=True):
+            written = exchange(world, "save", self._write, "writing its part")
+            together(world, "save", partial(self._publish, written), "publishing the checkpoint")
+            together(world, "save", self._tidy, "removing what is old")
 
-    def _write_and_publish(self, world: World) -> None:
-        def write_mine() -> Written:
-            return write(self.place.temporary, self.contents, self.rank, self.rungs)
-
+    @contextmanager
+    def _left_if_it_fails(self, world: World, *, begun: bool) -> Iterator[None]:
         try:
-            written = exchange(world, "save", write_mine)
-            together(world, "save", lambda: self._publish(written) if self.rank == 0 else None)
+            yield
         except Exception:
             if self.rank == 0:
-                self.place.abandon()
+                # In a thread: a disk that hangs must not keep the failure from the caller.
+                Task(partial(self._leave, begun)).wait(world.timeout / 3)
             raise
 
+    def _leave(self, begun: bool) -> None:
+        with self.turn, self.claim:  # no other save comes to the folder before what hangs has gone on
+            if begun:  # else what is there may be another process's
+                self.place.abandon()
+
+    def _prepare(self) -> None:
+        if self.rank == 0:
+            with self.turn:
+                self.claim.enter_context(self.place.claimed())
+                self.place.prepare()
+
+    def _write(self) -> Written:
+        with self.turn:
+            return write(self.place.temporary, self.contents, self.rank, self.rungs)
+
     def _publish(self, written: list[Written]) -> None:
+        if self.rank == 0:
+            with self.turn:
+                self._make_complete(written)
+
+    def _tidy(self) -> None:
+        with self.turn, self.claim:
+            if self.rank == 0:
+                self.place.tidy(self.keep, self.about["runs"])
+
+    def _make_complete(self, written: list[Written]) -> None:
         files = {each.name: each.entry for each in written}
         for name, entry in files.items():
             file = self.place.temporary / name
@@ -209,25 +226,35 @@ class _Job:
         self.place.publish(Manifest(self.place.next_number(), files, self.about))
 
 
-def _check_requests(requests: list[tuple[str, int | None, bool]]) -> None:
-    """Raise, on all ranks alike, unless all asked for the same."""
-    odd = next((rank for rank, request in enumerate(requests) if request != requests[0]), 0)
-    if odd:
-        raise ConfigError(
-            f"save: path, keep and background are {requests[odd]} on rank {odd} and {requests[0]} on rank 0: ask alike "
-            "everywhere"
-        )
+@dataclass(frozen=True)
+class _Told:
+    """What ranks tell each other before a save."""
+
+    request: tuple[str, int | None, bool]
+    buffers: bytes
+    settings: dict[str, str]
+    extra: dict[str, str]
 
 
-def _check_extra(digests: list[dict[str, str]]) -> None:
-    for rank, theirs in enumerate(digests):
-        for name in sorted(theirs):
-            if theirs[name] != digests[0].get(name):
+def _check_alike(told: list[_Told], ranks: Sequence[int]) -> None:
+    """Raise, on all ranks alike, unless all asked for the same, and where rank 0's is saved all have the same."""
+    first = told[0]
+    for rank, theirs in zip(ranks, told, strict=True):
+        if theirs.request != first.request:
+            raise ConfigError(
+                f"save: path, keep and background are {theirs.request} on rank {rank} and {first.request} on rank "
+                f"{ranks[0]}: ask alike everywhere"
+            )
+        apart = f"is not the same on rank {rank} as on rank {ranks[0]}, which alone is saved, expected it alike on all"
+        for name in sorted(theirs.settings.keys() | first.settings.keys()):
+            if theirs.settings.get(name) != first.settings.get(name):
+                raise ConfigError(f"save: {name} {apart} ranks: give all ranks' optimizers the same settings")
+        for name in sorted(theirs.extra):
+            if theirs.extra[name] != first.extra.get(name):
                 raise ConfigError(
-                    f"save: {name} is not the same on rank {rank} as on rank 0, which alone is saved, expected it "
-                    f"alike on all ranks: pass {name}=None on the others if rank 0's is meant, a list of all ranks' if "
-                    "each is needed; for slices of parameters copy the model before mics.shard, shard both, and save "
-                    "the copy to a path of its own"
+                    f"save: {name} {apart} ranks: pass {name}=None on the others if rank {ranks[0]}'s is meant, a list "
+                    "of all ranks' if each is needed; for slices of parameters copy the model before mics.shard, shard "
+                    "both, and save the copy to a path of its own"
                 )
 
 

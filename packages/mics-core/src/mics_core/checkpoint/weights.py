@@ -18,7 +18,7 @@ from mics_core import registry
 from mics_core.checkpoint import model_state
 from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.safetensors import Files
-from mics_core.checkpoint.saving import patient
+from mics_core.checkpoint.saving import wait_for_saves
 from mics_core.checkpoint.weight_files import open_weights
 from mics_core.errors import ConfigError
 from mics_core.runtime import Runtime
@@ -43,20 +43,23 @@ def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) ->
     no checksums: a file that is as long as it says is taken for whole.
     """
     runtime = registry.runtime_of(model, "load_weights")
-    world = patient(runtime.world)
+    world = runtime.world.beside("checkpoint")
 
-    def look() -> _Given:
+    def rest() -> None:
         runtime.rest("load_weights")
+        wait_for_saves()  # one that is under way talks to the same ranks
         runtime.wait()
-        return _Given.of(source)
 
-    given = together(world, "load_weights", look)
+    together(world, "load_weights", rest)
+    given = together(world, "load_weights", lambda: _Given.of(source), "opening the weights")
     digests = exchange(world, "load_weights", given.digest)
-    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    odd = [rank for rank, digest in zip(world.ranks, digests, strict=True) if digest != digests[0]]
     if odd:
-        raise ConfigError(f"load_weights: ranks {odd} are given other names than rank 0: give the same on every rank")
-    job = together(world, "load_weights", lambda: _Job(runtime, model, given))
-    together(world, "load_weights", job.read)
+        raise ConfigError(
+            f"load_weights: ranks {odd} are given other names than rank {world.ranks[0]}: give the same on every rank"
+        )
+    job = together(world, "load_weights", lambda: _Job(runtime, model, given), "looking at the weights")
+    together(world, "load_weights", job.read, "reading its part")
     together(world, "load_weights", runtime.loaded)
 
 

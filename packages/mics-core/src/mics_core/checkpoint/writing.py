@@ -9,9 +9,9 @@ import pickle
 import zlib
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,14 +29,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.boxes import Box
 from mics_core.checkpoint.contents import Contents, Cut, Name, own_name
 from mics_core.checkpoint.folder import naming, write_durably
 from mics_core.checkpoint.manifest import INDEX, Entry, measure
 from mics_core.topology import Rungs
 
-_LARGE = 1 << 18  # bytes that are worth another thread, which adds them up while they are written
+_LARGE = 1 << 20  # bytes that are worth another thread, which adds them up while they are written
 _AHEAD = 1 << 26  # bytes after which the disk is set to work: all at the end would take it as long again
+_BEHIND = 1 << 30  # bytes that wait for the disk at most: a call that brings all to a slow one would look like a hang
 
 
 @dataclass(frozen=True)
@@ -205,25 +207,19 @@ class _Measured(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._error: OSError | None = None
-        self._summing = ThreadPoolExecutor(1)
-        self._syncing = ThreadPoolExecutor(1)
-        self._latest: Future[None] | None = None
+        self._latest: Task[None] | None = None
+        self._given = 0
         self._synced = 0
         self.length = 0
         self.checksum = 0
 
     def write(self, data: Any) -> int:
-        large = len(data) >= _LARGE
-        summing = self._summing.submit(zlib.crc32, data, self.checksum) if large else None
-        try:
-            if self._error is None:
-                self._file.write(data)
-        except OSError as error:  # C++ called, and reports no reason: `flush`, which comes next, does
-            self._error = error
+        summing = Task(partial(zlib.crc32, data, self.checksum)) if len(data) >= _LARGE else None
+        whole = memoryview(data)
+        for begin in range(0, len(data), _AHEAD):
+            self._give(whole[begin : begin + _AHEAD])
         self.checksum = zlib.crc32(data, self.checksum) if summing is None else summing.result()
         self.length += len(data)
-        if self.length - self._synced >= _AHEAD and (self._latest is None or self._latest.done()):
-            self._latest, self._synced = self._syncing.submit(self._sync), self.length
         return len(data)
 
     def tell(self) -> int:
@@ -239,9 +235,20 @@ class _Measured(io.RawIOBase):
         return self._file.fileno()
 
     def close(self) -> None:
-        self._summing.shutdown()
-        self._syncing.shutdown()
+        if self._latest is not None:
+            self._latest.wait()
         super().close()  # which flushes
+
+    def _give(self, piece: memoryview) -> None:
+        try:
+            if self._error is None:
+                self._file.write(piece)
+        except OSError as error:  # C++ called, and reports no reason: `flush`, which comes next, does
+            self._error = error
+        self._given += len(piece)
+        waiting = self._given - self._synced
+        if waiting >= _AHEAD and (self._latest is None or self._latest.wait(None if waiting >= _BEHIND else 0)):
+            self._latest, self._synced = Task(self._sync), self._given
 
     def _sync(self) -> None:
         try:

@@ -52,19 +52,19 @@ def choose(
     node = comm.node_name()
     mine = Room(asked, precision, ranks_per_node, prefetch_bytes, digest, node, error, _memory(world.device))
     told: list[Request] = world.tell(mine, "shard")
-    for rank, request in enumerate(told):
+    for rank, request in zip(world.ranks, told, strict=True):
         if request.error is not None:
             raise ConfigError(request.error if request.error == mine.error else f"on rank {rank}: {request.error}")
-    for rank, request in enumerate(told):
+    here = world.ranks[world.rank]
+    for rank, request in zip(world.ranks, told, strict=True):
         if not isinstance(request, Room):
             raise ConfigError(
-                f'shard: sharding is "auto" on rank {world.rank} and {request.sharding} on rank {rank}: ask alike '
-                "everywhere"
+                f'shard: sharding is "auto" on rank {here} and {request.sharding} on rank {rank}: ask alike everywhere'
             )
         if (request.model, request.ranks_per_node) != (mine.model, ranks_per_node):
             raise ConfigError(
-                f'shard: with "auto", rank {rank} has another model, precision or ranks_per_node than rank '
-                f"{world.rank}: ask alike everywhere"
+                f'shard: with "auto", rank {rank} has another model, precision or ranks_per_node than rank {here}: ask '
+                "alike everywhere"
             )
     assert formula is not None
     nodes = [request.node for request in told]
