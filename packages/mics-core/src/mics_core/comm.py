@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.first_cause import blamed, remember_store
 from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
+from mics_core.meeting import meet
 
 ProcessGroup = dist.ProcessGroup
 
@@ -42,7 +44,9 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside NCCL: what hosts agree on must not wait for a device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        start = meet(store, rank, world, "", timeout)
+        dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
     _timeout = (dist.group.WORLD, timeout)
     return device
 
