@@ -20,6 +20,7 @@ from mics_core.errors import ConfigError, LifecycleError
 from mics_core.first_cause import blamed, remember_store
 from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
+from mics_core.launched import make_room_for_connections
 from mics_core.meeting import meet
 
 ProcessGroup = dist.ProcessGroup
@@ -45,7 +46,7 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
         # gloo beside NCCL: what hosts agree on must not wait for a device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        start = meet(store, rank, world, "", timeout)
+        start = meet(store, rank, world, make_room_for_connections(rank, world), timeout)
         dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
     _timeout = (dist.group.WORLD, timeout)
     return device
