@@ -138,6 +138,17 @@ def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> No
     assert launched(tmp_path, program, interrupted=True) == (143, "saved\nsaved\n", "")
 
 
+@pytest.mark.deep
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """What was said ends when no process is left that could say more."""
+    program = "import mics_core\nmics_core.init()\n"
+    program += "open(f'{__file__}.{rank}', 'w').close()\n"
+    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
+    program += "if rank == 0: os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)\nprint('went on')"
+    assert launched(tmp_path, program)[:2] == (-signal.SIGKILL, "")
+
+
 def test_an_unknown_key_is_told_once_with_the_nearest(warm: WarmRanks) -> None:
     done = run(warm, "batch.sequence=3", ranks=2)
     assert done.statuses == [2, 2]

@@ -20,7 +20,7 @@ from mics_core.errors import ConfigError, LifecycleError
 from mics_core.first_cause import blamed, remember_store
 from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
-from mics_core.launched import make_room_for_connections
+from mics_core.launched import end_with_the_launcher, make_room_for_connections
 from mics_core.meeting import meet
 
 ProcessGroup = dist.ProcessGroup
@@ -35,9 +35,11 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """Join the ranks that `torchrun` started, and return this rank's device.
 
     With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
-    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error.
+    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error. On Linux, ranks
+    of torchrun are killed when it is gone.
     """
     global _timeout
+    end_with_the_launcher()
     device = _CPU
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

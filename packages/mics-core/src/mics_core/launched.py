@@ -1,13 +1,28 @@
-"""What a rank asks of the system when it starts: as many files as its world takes."""
+"""What a rank asks of the system when it starts: an end with its launcher, and as many files as its world takes."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
+import sys
 
 import torch.distributed as dist
 
+_PR_SET_PDEATHSIG = 1
 _OTHERS = 32  # files beside the connections, of six groups and a launcher's store
+
+
+def end_with_the_launcher() -> None:
+    """Let the kernel kill this rank when torchrun is gone, on Linux.
+
+    Else it would train and save on beside the ranks of a second start. Nothing milder will do: a rank that saves first
+    is beside them meanwhile, one that hangs stays, and the checkpoints that it has are whole at any moment. Without
+    torchrun the parent may be anybody, such as a shell script that is done, so nothing is asked.
+    """
+    if sys.platform == "linux" and dist.is_torchelastic_launched():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def make_room_for_connections(rank: int, world: int) -> str:
