@@ -54,6 +54,17 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Destroy all process groups; nothing of them may be in use.
+
+    A group's threads end when nobody holds it any more. One that lets go of its last message's memory while Python is
+    taken apart aborts the process.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _forget_old_world()
+
+
 @dataclass
 class Answers:
     """Small numbers on their way."""
