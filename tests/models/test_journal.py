@@ -1,6 +1,9 @@
 """The log of a run: what a resumed run keeps of it, and what a kill in the middle of a line leaves."""
 
+import resource
 from pathlib import Path
+
+import pytest
 
 from mics_models.training import journal
 from mics_models.training.curves import draw
@@ -40,6 +43,19 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
         (step, 10) for step in (10, 20, 30)
     ]
     assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]
+
+
+def test_no_room_for_tensorboard_is_an_error_of_the_write(tmp_path: Path) -> None:
+    log = Journal(tmp_path, first=0, tensorboard=True)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 30, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.write({"step": 1, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.close()
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the test of `mics probe` and those of "auto" ask ranks to do."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,13 +8,20 @@ import torch.distributed as dist
 from torch import nn
 
 import mics_core as mics
-from mics_core import registry
+from mics_core import cli, registry
 from mics_core.planner import automatic
 from mics_core.planner.probe import probe
 
 
 def quick(path: Path) -> mics.Cluster:
     return probe(path, quick=True)
+
+
+def quick_and_leave(path: Path) -> tuple[int, int]:
+    """How many threads there were before the command, and are behind it, with the groups that it found."""
+    before = len(os.listdir("/proc/self/task"))
+    assert cli.main(["probe", str(path), "--quick"]) == 0
+    return before, len(os.listdir("/proc/self/task"))
 
 
 class Model(nn.Module):

@@ -1,5 +1,6 @@
 """`mics probe` measures ranks and writes a cluster that plans accept; "auto" chooses alike on all ranks."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def test_a_quick_probe_writes_a_cluster_that_plan_accepts(pool: Pool, tmp_path: 
     with torch.device("meta"):
         model = gpt("byte-tiny")
     assert mics.plan(model, cluster, global_batch=16, seq=64).prediction.seconds > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_no_thread_of_a_group_outlives_the_command(pool: Pool, tmp_path: Path) -> None:
+    """One that lets go of a message's memory while Python is taken apart aborts the process."""
+    for before, behind in pool.run(2, work.quick_and_leave, tmp_path / "measured.toml"):
+        assert behind < before, "the group that was there before had threads, too"
 
 
 def test_a_probe_of_one_rank_guesses_links_and_says_so(tmp_path: Path) -> None:

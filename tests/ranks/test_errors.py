@@ -1,6 +1,7 @@
 """A mistake is one sentence on every rank: what, got, expected, what to do. Never a hang."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -356,16 +357,15 @@ for step in range(2):
 """
 
 
-@pytest.mark.deep
-def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_errors() -> None:
-    """Without a launcher, which would end them before they can say anything."""
+def programs(program: str) -> list[str]:
+    """The last line of each of three ranks' errors, without a launcher, which would end them before they say it."""
     # As torchrun does: a store that a rank kept would go with it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world = {"WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", program],
             env=os.environ | {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()},
             stderr=subprocess.PIPE,
             text=True,
@@ -373,10 +373,22 @@ def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_error
         for rank in range(3)
     ]
     try:
-        errors = [rank.communicate(timeout=600)[1].strip().splitlines()[-1] for rank in ranks]
+        return [rank.communicate(timeout=600)[1].strip().splitlines()[-1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
+
+
+@pytest.mark.deep
+def test_programs_whose_first_rank_raised_say_so_at_the_beginning_of_their_errors() -> None:
+    errors = programs(PROGRAM)
     assert errors[1].endswith("KeyError: 'no such luck'")
     for number in (0, 2):
         assert f"failed on rank {number} after rank 1 raised KeyError: 'no such luck': " in errors[number]
+
+
+@pytest.mark.deep
+def test_all_ranks_hear_that_one_may_not_open_enough_files() -> None:
+    few = "import os, resource\nif os.environ['RANK'] == '1': resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+    for error in programs(few + PROGRAM):
+        assert re.search(r"ConfigError: init: rank 1 may open 40 files, expected \d+ or more for its", error)

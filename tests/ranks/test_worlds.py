@@ -22,6 +22,25 @@ model(torch.ones(1, 1000)).sum().backward()
 optimizer.step()  # and the refresh is on its way
 """
 
+RESTARTED = """
+import os, pathlib, sys, time, torch, mics_core as mics
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
+    time.sleep(3)  # so that rank 1 looks for it where it was
+mics.init()
+rank, folder = torch.distributed.get_rank(), pathlib.Path(sys.argv[1])
+model = mics.shard(torch.nn.Linear(10, 10), mics.Sharding(1, 1, 2))
+optimizer = mics.AdamW(model.parameters())
+first = mics.load(folder, model, optimizer)["step"] if (folder / "latest").exists() else 0
+for step in range(first, 4):
+    if step == 2 and rank == 1 and not first:
+        raise ValueError("no such luck")
+    model(torch.ones(1, 10)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    mics.save(folder / f"step-{step + 1}", model, optimizer, step=step + 1)
+(folder / f"rank {rank}").write_text(f"from {first} to {step + 1}")
+"""
+
 
 def train_beside_other_groups() -> bool:
     if dist.get_rank() == 0:
@@ -72,3 +91,16 @@ def test_leaving_while_a_transfer_is_under_way_is_no_abort(tmp_path: Path) -> No
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.deep
+def test_ranks_that_torchrun_starts_again_meet_and_go_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """They meet at the store where the ranks before them, of which one raised, have left what was true for them."""
+    program = tmp_path / "program.py"
+    program.write_text(RESTARTED)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    started = [sys.executable, *torchrun, str(program), str(tmp_path)]
+    done = subprocess.run(started, stderr=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "no such luck" in done.stderr
+    assert [(tmp_path / f"rank {rank}").read_text() for rank in range(2)] == ["from 2 to 4"] * 2

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -102,11 +102,13 @@ def test_ranks_that_are_told_to_leave_save_and_go_on_as_if_nothing_had_been(
     assert {step: found[step] for step in expected} == expected
 
 
-def launched(tmp_path: Path, program: str, interrupted: bool = False) -> tuple[int, str, str]:
+def launched(
+    tmp_path: Path, program: str, interrupted: bool = False, arguments: Sequence[str] = TORCHRUN
+) -> tuple[int, str, str]:
     """How the launcher of `make pretrain` ends with a program on two ranks, and all that was said."""
     script = tmp_path / "program.py"
     script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{program}")
-    started = [sys.executable, "-m", "mics_models.training.launch", *TORCHRUN, str(script)]
+    started = [sys.executable, "-m", "mics_models.training.launch", *arguments, str(script)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(started, env=ENVIRONMENT, start_new_session=True, **pipes) as process:  # type: ignore
         if interrupted:
@@ -136,6 +138,26 @@ def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> No
     program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
     program += "if rank == 0: print('ready', flush=True)\ntime.sleep(600)"
     assert launched(tmp_path, program, interrupted=True) == (143, "saved\nsaved\n", "")
+
+
+@pytest.mark.deep
+def test_sigusr1_to_the_launcher_asks_ranks_to_leave(tmp_path: Path) -> None:
+    program = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))\n"
+    program += "open(f'{__file__}.{rank}', 'w').close()\n"
+    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
+    program += "if rank == 0: os.kill(os.getppid(), signal.SIGUSR1)\ntime.sleep(600)"
+    assert launched(tmp_path, program, arguments=TORCHRUN[:3]) == (143, "saved\nsaved\n", "")
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """What was said ends when no process is left that could say more."""
+    program = "import mics_core\nmics_core.init()\n"
+    program += "open(f'{__file__}.{rank}', 'w').close()\n"
+    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
+    program += "if rank == 0: os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)\nprint('went on')"
+    assert launched(tmp_path, program)[:2] == (-signal.SIGKILL, "")
 
 
 def test_an_unknown_key_is_told_once_with_the_nearest(warm: WarmRanks) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.first_cause import absentees, blamed, remember_store
 from mics_core.groups import DeviceGroup, Group, HostGroup, Seat, silent
 from mics_core.lanes import DONE, Lane, Ticket, lane
+from mics_core.launched import end_with_the_launcher, make_room_for_connections
+from mics_core.meeting import meet
 
 ProcessGroup = dist.ProcessGroup
 
@@ -33,12 +36,14 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """Join the ranks that `torchrun` started, and return this rank's device.
 
     With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
-    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error, and so
-    does a save or a load in which a rank's disk does nothing for about as long, however long it takes while it goes on.
+    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error, and so does a save
+    or a load in which a rank's disk does nothing for about as long, however long it takes while it goes on. On Linux,
+    ranks of torchrun are killed when it is gone.
     """
     global _timeout
     if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
         raise ConfigError(f"init: timeout is {timeout}, expected a timedelta above 0, such as timedelta(minutes=10)")
+    end_with_the_launcher()
     device = _CPU
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -46,9 +51,22 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside NCCL: what hosts agree on must not wait for a device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        start = meet(store, rank, world, make_room_for_connections(rank, world), timeout)
+        dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
     _timeout = (dist.group.WORLD, timeout)
     return device
+
+
+def leave() -> None:
+    """Destroy all process groups; nothing of them may be in use.
+
+    A group's threads end when nobody holds it any more. One that lets go of its last message's memory while Python is
+    taken apart aborts the process.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _forget_old_world()
 
 
 @dataclass

@@ -9,8 +9,6 @@ from shutil import get_terminal_size
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-import torch
-
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.columns import WIDTH, aligned, digits
@@ -75,13 +73,13 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(given: argparse.Namespace) -> None:
     """Do what one of these commands was told, and print what it found."""
     if given.command == "probe":
+        from mics_core import comm
         from mics_core.planner.probe import probe
 
         try:
             probe(given.out, quick=given.quick)
         finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            comm.leave()
     elif given.command == "simulate":
         _simulate(given)
     elif given.command == "cluster":

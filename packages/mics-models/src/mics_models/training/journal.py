@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mics_models.data.replacing import replacing
+from mics_models.training.board import Board
 
 LOG = "log.jsonl"
 
@@ -21,20 +21,14 @@ class Journal:
         with replacing(folder / LOG) as file:
             file.write("".join(_line(row) for row in kept).encode())
         self._path = folder / LOG
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self._board = Board(folder / "tensorboard", first=first + 1) if tensorboard else None
 
     def write(self, row: Mapping[str, float]) -> None:
         """A report; `row["step"]` is the number of steps done."""
         with self._path.open("a") as file:
             file.write(_line(row))
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            self._board.write(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def close(self) -> None:
         """Write out what is left."""

@@ -22,8 +22,10 @@ TOLD = (1, 2, 3)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     logging.disable()
-    # torchrun passes on what it gets, and a Python that is still importing answers SIGINT with a traceback.
-    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    # torchrun passes on what it gets, and a Python that is still importing answers SIGINT with a traceback. By SIGUSR1
+    # torchrun itself ends, without a word to its ranks.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         run.main(sys.argv[1:] if arguments is None else list(arguments))
     except ChildFailedError as failed:

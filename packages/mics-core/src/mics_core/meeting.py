@@ -1,0 +1,76 @@
+"""How ranks meet: in a part of the launcher's store that is new in each start, all of them or none.
+
+torchrun starts ranks again at the same store, where what those before wrote still stands, such as where they listened.
+Its count of restarts tells nothing: each node has its own. So a rank asks under a name that nobody had before it, and
+rank 0, which cannot know whether a question is an old one, answers until all ranks that are there have thanked it.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from uuid import uuid4
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from mics_core.errors import ConfigError, LifecycleError
+
+_PAUSE = 0.02
+
+
+def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) -> Store:
+    """The part of the store that is this start's. If a rank has trouble, all raise what the first of them says."""
+    mine = uuid4().hex
+    store.set_timeout(timeout)
+    if rank == 0:
+        start = _start(store, mine)
+        said = _hear_all(store, start, mine, world, timeout)
+        start.set("verdict", next(filter(None, [trouble, *said]), ""))
+    else:
+        store.set(_question(rank), mine)
+        try:
+            start = _start(store, store.get(_answer(mine)).decode())
+            start.set(_thanks(rank), trouble)
+            start.wait(["verdict"])
+        except RuntimeError as error:  # nobody answered for too long, or who keeps the store is gone
+            raise LifecycleError(
+                f"init: rank {rank} did not hear that all {world} ranks are there: look for the error of one that is "
+                f"not, or give init a longer timeout than {timeout} ({error})"
+            ) from error
+    if verdict := start.get("verdict").decode():
+        raise ConfigError(verdict)
+    return start
+
+
+def _hear_all(store: Store, start: Store, mine: str, world: int, timeout: timedelta) -> list[str]:
+    """Answer the other ranks until each has said its trouble."""
+    answered: dict[int, bytes] = {}
+    end = time.monotonic() + timeout.total_seconds()
+    while missing := [rank for rank in range(1, world) if not start.check([_thanks(rank)])]:
+        if time.monotonic() > end:
+            raise LifecycleError(
+                f"init: after {timeout} ranks {missing} of {world} have not come: look for an error of theirs, or give "
+                "init a longer timeout"
+            )
+        for rank in missing:
+            if store.check([_question(rank)]) and (name := store.get(_question(rank))) != answered.get(rank):
+                store.set(_answer(name.decode()), mine)
+                answered[rank] = name
+        time.sleep(_PAUSE)
+    return [start.get(_thanks(rank)).decode() for rank in range(1, world)]
+
+
+def _start(store: Store, name: str) -> Store:
+    return PrefixStore(f"mics start {name}", store)
+
+
+def _question(rank: int) -> str:
+    return f"mics: rank {rank} asks for the start"
+
+
+def _answer(name: str) -> str:
+    return f"mics: the start of {name}"
+
+
+def _thanks(rank: int) -> str:
+    return f"the trouble of rank {rank}"

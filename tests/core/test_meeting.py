@@ -1,0 +1,54 @@
+"""Ranks meet at a store that earlier starts have written to: all of the same start, or none."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from mics_core.errors import ConfigError, LifecycleError
+from mics_core.meeting import meet
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def start(
+    server: dist.TCPStore, ranks: Sequence[int], world: int, trouble: dict[int, str] | None = None, seconds: float = 60
+) -> list[str]:
+    """What each of these ranks reads where rank 0 writes "new" if nothing is there; or its error."""
+
+    def rank_of(rank: int) -> str:
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        try:
+            mine = meet(client, rank, world, (trouble or {}).get(rank, ""), timedelta(seconds=seconds))
+        except (ConfigError, LifecycleError) as error:
+            return str(error)
+        if rank == 0:
+            mine.set("state", "old" if mine.check(["state"]) else "new")
+        return str(mine.get("state").decode())
+
+    with ThreadPoolExecutor(world) as threads:
+        return list(threads.map(rank_of, ranks))
+
+
+def test_no_rank_reads_what_an_earlier_start_wrote(store: dist.TCPStore) -> None:
+    for world in (1, 4, 4, 2, 4):
+        assert start(store, range(world), world) == ["new"] * world
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_ranks_meet_after_a_start_in_which_one_did_not_come(store: dist.TCPStore, gone: int) -> None:
+    said = start(store, [rank for rank in range(4) if rank != gone], 4, seconds=0.5)
+    assert all(sentence.startswith("init: ") for sentence in said)
+    if gone:
+        assert said[0].startswith(f"init: after 0:00:00.500000 ranks [{gone}] of 4 have not come: ")
+    assert start(store, range(4), 4) == ["new"] * 4
+
+
+def test_the_trouble_of_one_rank_is_raised_by_all(store: dist.TCPStore) -> None:
+    assert start(store, range(3), 3, {2: "init: no room", 1: "init: no luck"}) == ["init: no luck"] * 3
+    assert start(store, range(3), 3) == ["new"] * 3
