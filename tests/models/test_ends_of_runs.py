@@ -120,3 +120,10 @@ def test_a_report_breaks_lines_between_its_words() -> None:
     lines = fitted(words, 40).splitlines()
     assert all(len(line) <= 40 for line in lines)
     assert "  ".join(line.strip() for line in lines) == "  ".join(words)
+
+
+def test_a_run_of_more_steps_than_there_is_time_reports_all_the_same(run: Callable[..., tuple[int, str, str]]) -> None:
+    status, said, complaint = run(f"schedule.steps={2**63 - 1}", "schedule.minutes=0.001", "log.every=1")
+    assert (status, complaint) == (0, "")
+    assert f"step {'1':>19}/{2**63 - 1} " in said
+    assert "ETA 999999999 days, 23:59:59" in said

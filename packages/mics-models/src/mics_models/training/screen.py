@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_LONGEST = timedelta.max // timedelta(seconds=1)  # a training may have 2 ** 63 steps
+
 
 def fitted(words: Sequence[str], width: int) -> str:
     """Words with spaces in them in lines of at most this width, each word in one."""
@@ -67,7 +69,8 @@ class Screen:
         words += [f"norm {row['norm']:.2f}", speed, f"exposed {row['exposed'] / row['step_seconds']:.0%}"]
         if "mfu" in row:
             words.append(f"MFU {row['mfu']:.1%}")
-        words.append(f"ETA {timedelta(seconds=round((steps - row['step']) * row['step_seconds']))}")
+        seconds = round((steps - row["step"]) * row["step_seconds"])
+        words.append(f"ETA {timedelta(seconds=min(seconds, _LONGEST))}")
         self.say(fitted(words, self._console.width) if self._console.is_terminal else "  ".join(words))
         if self._bar is not None:
             self._bar.update(self._task, speed=speed)
