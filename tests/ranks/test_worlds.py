@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import mics_core as mics
+from mics_core import comm
 from mics_core.comm import World
 from pool import Pool
 from runtime_work import WIDTH, Model
@@ -52,6 +54,17 @@ def train_beside_other_groups() -> bool:
     return True
 
 
+def train_where_groups_are_sorted(order: list[int]) -> bool:
+    """As with torch 2.11, which sorts the ranks of every group."""
+    group = dist.new_group(order, **comm._AS_LISTED)
+    with patch.object(comm, "_AS_LISTED", {}):
+        model = mics.shard(Model(2), mics.Sharding(2, 2, 4), ranks_per_node=2, group=group)
+        model(torch.ones(2, WIDTH)).backward()
+        mics.AdamW(model.parameters()).step()
+        mics.check_replicas(model)
+    return True
+
+
 def buffers_of_rank_0() -> list[int]:
     model = Model(1)
     model.register_buffer("table", torch.full((3,), dist.get_rank() + 1, dtype=torch.int16))
@@ -74,6 +87,15 @@ def ask_twice_at_once(size: int) -> list[list[int]]:
 def test_every_rank_hears_the_largest_answer_of_any(pool: Pool, size: int) -> None:
     expected = [list(range(1, size + 1)), [size - 1, size, 7]]
     assert pool.run(8, ask_twice_at_once, size) == [expected] * size + [[]] * (8 - size)
+
+
+def test_a_torch_that_sorts_groups_trains_and_takes_no_group_in_another_order(pool: Pool) -> None:
+    assert all(pool.run(4, train_where_groups_are_sorted, [0, 1, 2, 3]))
+    if not comm._AS_LISTED:
+        pytest.skip("this torch makes no group in another order")
+    for error in pool.errors(4, train_where_groups_are_sorted, [1, 0, 2, 3]):
+        assert isinstance(error, mics.ConfigError)
+        assert "expected them in ascending order by this version of torch" in str(error)
 
 
 def test_ranks_that_are_in_different_numbers_of_groups(pool: Pool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import comm, lanes, registry
+from mics_core.gather import Residence
 
 STEPS = 5
 WIDTH = 8
@@ -327,3 +328,32 @@ def corrupt(sharding: mics.Sharding, state: str, culprit: int) -> None:
         (part,) = registry.runtime_of(model, "test").conductor.stations[2].gathered.shards
         getattr(part, state).view(torch.uint8)[5] ^= 1
     mics.check_replicas(model)
+
+
+def clamped() -> None:
+    """A user writes to parameters, which have their own memory where O > P, and asks at once."""
+    model = mics.shard(Mlp(), mics.Sharding(1, 1, 2), ranks_per_node=1)
+    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
+    loss(model, 0, 0, dist.get_rank()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-0.01, 0.01)
+    mics.check_replicas(model)
+
+
+def under_way_after_a_loop_was_left() -> list[str]:
+    """The units that are whole, or on their way, once a clip has prepared the step."""
+    model = mics.shard(Mlp(), mics.Sharding(2, 2, 2), ranks_per_node=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):  # in the second one the order is known, and units are gathered ahead
+        for number in mics.accumulate(model, range(3)):
+            loss(model, step, number, dist.get_rank()).backward()
+            if step and number == 1:
+                break
+        mics.clip_grad_norm_(model, 1.0)
+        if not step:
+            optimizer.step()
+            optimizer.zero_grad()
+    stations = registry.runtime_of(model, "test").conductor.stations
+    return [each.gathered.unit for each in stations if each.gathered.residence is not Residence.AWAY]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ ProcessGroup = dist.ProcessGroup
 
 _CPU = torch.device("cpu")
 _PATIENCE = timedelta(minutes=10)
+# torch 2.11 sorts the ranks of every group, and has no word for it.
+_AS_LISTED: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
 _KINDS, _TURNS = 1 << 16, 64  # of questions, and messages in a row of one
 _timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later in this world; torch has one of its own
 
@@ -102,6 +105,11 @@ class World:
         self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
         self.rank = 0 if self._single else dist.get_rank(group)
         self.size = len(self.ranks)
+        if not _AS_LISTED and list(self.ranks) != sorted(self.ranks):
+            raise ConfigError(
+                f"shard: the group has the ranks {list(self.ranks)}, expected them in ascending order by this version "
+                "of torch, which sorts those of groups within it: list them so, or use a later one"
+            )
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         if self.size > 1:
             _count_groups_alike(group)
@@ -206,8 +214,8 @@ class World:
                 timeout=_patience(),
                 backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
                 use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
-                sort_ranks=False,
                 group_desc=f"mics {name}",
+                **_AS_LISTED,
             )
         return _subgroups[key]
 

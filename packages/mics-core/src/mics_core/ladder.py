@@ -77,7 +77,9 @@ class Ladder:
             for step in rungs.steps(*span):
                 link = rungs.link(step)
                 name = self._track(route, link)
-                self._lanes[route, link] = world.lane(f"{name}, {link.value}", urgent=route is Route.GATHER)
+                self._lanes[route, link] = world.lane(
+                    f"{name}, {link.value}", urgent=route in (Route.GATHER, Route.HOP1)
+                )
                 self._groups[route, step] = world.group(rungs.peers(self.rank, step), f"{self._names[step]}, {name}")
 
     def send(

@@ -38,6 +38,7 @@ class Conductor:
         reducer: Reducer,
         compute: torch.dtype,
         scaling: Scaling | None,
+        device: torch.device,
     ) -> None:
         self.stations = stations
         self.gatherer = gatherer
@@ -57,7 +58,8 @@ class Conductor:
         self._unannounced = False  # whether a backward recomputes units without any of their outputs having told of it
         self._received = False  # whether this backward brought a gradient
         self._finished: list[Station] = []  # those of them whose gradients are there
-        self._anchor = torch.empty(0, requires_grad=True)
+        # On the device: a backward joins the streams of its leaves at its end, and this is the only leaf.
+        self._anchor = torch.empty(0, requires_grad=True, device=device)
         for station in stations:
             station.finish = self._finisher(station)
 
@@ -82,6 +84,16 @@ class Conductor:
     def close(self) -> None:
         """Modules own slices again."""
         self.phase = Phase.REST
+
+    def bring_what_users_wrote(self) -> None:
+        """Parameters may be written between steps, on all ranks alike: by load_state_dict, or to clamp them."""
+        for station in self.stations:
+            self._bring(station)
+
+    def drop_fetched(self) -> None:
+        """Nothing that was gathered ahead will be used."""
+        for station in self.stations:
+            self.gatherer.release(station.gathered)
 
     # ---- forward
 
@@ -146,18 +158,19 @@ class Conductor:
         if not self._open:
             self._begin_forward(differentiated)
         self._open += 1
-        self._bring_what_users_wrote(station)
+        self._bring(station)
         if differentiated and station.reduced is not None:
             station.awaited += 1
         if not self._order.reach(Use(station.number, Way.FORWARD)):
-            self._drop_fetched()
+            self.drop_fetched()
 
-    def _bring_what_users_wrote(self, station: Station) -> None:
-        """Parameters may be written between steps, on all ranks alike: by load_state_dict, or to clamp them."""
+    def _bring(self, station: Station) -> None:
         written = [part for part, _ in station.places if part.trained and part.written()]
-        for part in written:
-            part.refresh()
-        if written:
+        if written:  # a gather or the optimizer's refresh may still read or write what is rounded into now
+            self.gatherer.release(station.gathered)
+            station.gathered.refreshed.wait()
+            for part in written:
+                part.refresh()
             self.gatherer.refresh(station.gathered)
 
     def _to_compute(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -177,7 +190,7 @@ class Conductor:
         self.phase = Phase.REST
         if self._order is self._orders[False]:
             self._order.end()
-            self._drop_fetched()
+            self.drop_fetched()
             self.gatherer.compare_order(wait=not raised)  # no step follows that would
 
     # ---- backward
@@ -194,7 +207,7 @@ class Conductor:
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._let_finished_leave()
         if not self._order.reach(Use(station.number, Way.BACKWARD)):
-            self._drop_fetched()
+            self.drop_fetched()
         self.gatherer.take(station.gathered)
         self._taken.append((station, _task()))
         self._fetch()
@@ -257,7 +270,7 @@ class Conductor:
         if self.micro_step is MicroStep.MORE_FOLLOW:
             self._fetch()
         else:
-            self._drop_fetched()
+            self.drop_fetched()
         last = self._is_last() and self._received
         for station in self.stations:
             station.awaited = 0
@@ -313,10 +326,6 @@ class Conductor:
             if not gathered.users:
                 return False
         return False
-
-    def _drop_fetched(self) -> None:
-        for station in self.stations:
-            self.gatherer.release(station.gathered)
 
     def _beginner(self, station: Station) -> Callable[[torch.Tensor], None]:
         """The hook of a forward's outputs: the first of them in a backward gathers the unit."""

@@ -89,7 +89,7 @@ def shard(
         prefetch_bytes = max(station.gathered.bytes for station in stations)
     gatherer = Gatherer(ladder, sharding, prefetch_bytes)
     scaling = Scaling(precision.loss_scale, world.device) if precision.loss_scale else None
-    conductor = Conductor(stations, gatherer, reducer, precision.compute, scaling)
+    conductor = Conductor(stations, gatherer, reducer, precision.compute, scaling, world.device)
     clipping = Clipping(ladder, sharding.optimizer, scaling, tally, world.device)
     runtime = Runtime(world, ladder, sharding, precision, conductor, clipping, tally)
     runtime.replaced = cutter.replaced
@@ -207,6 +207,7 @@ class Runtime:
     def settle(self, caller: str) -> list[Reduced]:
         """The units that have a gradient, which is the mean over all ranks now."""
         self.rest(caller)
+        self.conductor.drop_fetched()  # by a loop that was left early: the step changes what gathers read
         if not self.reducer.settled:
             self._clipping.begin()
         return self.reducer.settle()

@@ -39,6 +39,7 @@ class Shards:
         self.flat = torch.zeros(size, dtype=precision.compute, device=device)
         self._storage = self.flat.untyped_storage()
         self._bytes = self._storage.nbytes()
+        self._taken_on: torch.cuda.Stream | None = None
         # Writes through `incoming` leave the version of `flat` alone: autograd would take a gather for a change of
         # what it saved, and we could not tell a change by the user from our own.
         self.incoming = self.flat.data
@@ -84,10 +85,14 @@ class Shards:
         """Give `flat` its memory, with nothing in it."""
         if not self.rests:
             self._storage.resize_(self._bytes)
+            self._taken_on = torch.cuda.current_stream(self.flat.device) if self.flat.is_cuda else None
 
     def release(self) -> None:
         """Take the memory of `flat` away; views of it, also those that autograd saved, stay valid for the next time."""
         if not self.rests:
+            # The memory goes back to the stream that took it, which must not give it away before this one is done.
+            if self._taken_on is not None and self._taken_on != (here := torch.cuda.current_stream(self.flat.device)):
+                self._taken_on.wait_stream(here)
             self._storage.resize_(0)
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -147,8 +147,9 @@ def check_replicas(model: nn.Module) -> None:
     """Raise on every rank if ranks that should hold the same bits of the weights do not."""
     runtime = registry.runtime_of(model, "check_replicas")
     runtime.rest("check_replicas")
-    runtime.wait()
+    runtime.conductor.bring_what_users_wrote()
     runtime.ladder.order.compare()
+    runtime.wait()
     trouble: list[str] = []
     for station in runtime.conductor.stations:
         for part in station.gathered.shards:

@@ -52,6 +52,7 @@ class Exchange:
                 if self._work is not None:
                     self._work.wait()
                     self._work = None
+                    mine.record_stream(self._side)  # the collective holds it no longer, and may not have read it yet
                 self._rows.record_stream(self._side)
                 self._rows = self._rows.to("cpu", non_blocking=True)
 
