@@ -1,9 +1,10 @@
 """What the tests of disks that hang ask ranks to do."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import torch.distributed as dist
 from torch import nn
 
 import mics_core as mics
+from mics_core import registry
 from mics_core.checkpoint import reading, saving
 from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.manifest import Manifest
 from mics_core.comm import World
+from mics_core.phases import Phase
 
-MANY = 8  # looks; three that see nothing are the end
+MANY = 5  # looks; three that see nothing are the end
 
 
 def sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = mics.shard(nn.Linear(4, 4), mics.Sharding.mics(2))
+    model = mics.shard(nn.Linear(40, 40), mics.Sharding.mics(2))  # of less one rank might have padding alone
     return model, mics.AdamW(model.parameters())
 
 
@@ -36,15 +39,18 @@ def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, real)
 
 
-def said_where(rank: int, how: str, owner: Any, name: str, job: Callable[[], object]) -> str:
+def said_where(
+    rank: int, how: str, owner: Any, name: str, job: Callable[[], object], when: Callable[[], bool] = lambda: True
+) -> str:
     """What a job says while a function hangs on a rank, or goes on until it has been looked at many times.
 
-    A second counts as the timeout: only for looks, as messages between ranks may be late on a busy machine.
+    Two seconds count as the timeout: only for looks, as messages between ranks may be late on a busy machine. The
+    disk brings nothing to its plates, as a busy one may take longer.
     """
     real, end, real_looks, seen = getattr(owner, name), threading.Event(), Task.looks, []
 
     def call(*arguments: Any) -> Any:
-        if dist.get_rank() == rank and how == "hangs":
+        if dist.get_rank() == rank and how == "hangs" and when():
             end.wait()
         while dist.get_rank() == rank and len(seen) < MANY and how == "goes on":
             time.sleep(0.01)
@@ -54,7 +60,10 @@ def said_where(rank: int, how: str, owner: Any, name: str, job: Callable[[], obj
         seen.append(self)
         return real_looks(self)
 
-    with instead(owner, name, call), instead(World, "timeout", 1.0), instead(Task, "looks", looks):
+    quick = ExitStack()
+    for sync in ("fsync", "fdatasync"):
+        quick.enter_context(instead(os, sync, lambda _: None))
+    with quick, instead(owner, name, call), instead(World, "timeout", 2.0), instead(Task, "looks", looks):
         try:
             job()
         except RuntimeError as error:
@@ -89,11 +98,32 @@ def hang_at_the_end(folder: Path) -> list[str]:
     return said
 
 
-def load(folder: Path, how: str) -> str:
-    """What is said of a load in which rank 1 hangs, or goes on slowly, in a thread that reads for another one."""
+def load(folder: Path, how: str) -> tuple[str, str]:
+    """What is said of a load in which rank 1 hangs, or goes on slowly, in a thread that reads for another one; and of a
+    forward of rank 1 while it hangs.
+    """
     model, optimizer = sharded()
     mics.save(folder / "step-1", model, optimizer)
-    return said_where(1, how, reading.FileSystemReader, "read_data", lambda: mics.load(folder, model, optimizer))
+    refused = ""
+
+    def job() -> None:
+        nonlocal refused
+        try:
+            mics.load(folder, model, optimizer)
+        except RuntimeError:
+            if dist.get_rank() == 1:
+                try:
+                    model(torch.ones(1, 40))
+                except mics.LifecycleError as error:
+                    refused = str(error)
+            raise
+
+    conductor = registry.runtime_of(model, "test").conductor
+
+    def writes() -> bool:
+        return conductor.phase is Phase.LOADING
+
+    return said_where(1, how, reading.FileSystemReader, "read_data", job, writes), refused
 
 
 def stay_away() -> str:

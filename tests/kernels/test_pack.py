@@ -43,7 +43,7 @@ def tensors(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], overlapping
     if form == "misaligned":
         return values(rows * columns + 1, dtype, device)[1:].view(rows, columns)
     if form == "deep":
-        rows = min(rows, 70)  # of a tensor with four dimensions to walk the interpreter does few elements at a time
+        rows = min(rows, 350)  # two blocks, as the interpreter takes a second for ten
         return values(rows * 12, dtype, device).view(2, rows, 3, 1, 2).permute(4, 2, 1, 3, 0)
     if form == "expanded" and overlapping:
         return values(columns, dtype, device).expand(rows, columns)

@@ -25,8 +25,9 @@ def test_plan_prints_a_table_advice_and_the_command(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "p4d.24xlarge, 2 nodes of 8" in out
     assert "TFLOP/s" in out
-    assert "Use Sharding(" in out
-    assert "--nproc-per-node 8 -m mics_models.pretrain model.name=byte-tiny sharding.params=" in out
+    assert "Use Sharding(2, 4, 16): one copy of the parameters lies on 2 ranks." in out
+    settings = "model.name=byte-tiny sharding.params=2 sharding.grads=4 sharding.optimizer=16"
+    assert f"--nproc-per-node 8 -m mics_models.pretrain {settings}" in out
 
 
 def test_a_class_of_any_module_can_be_planned_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ _PATIENCE = timedelta(minutes=10)
 # torch 2.11 sorts the ranks of every group, and has no word for it.
 _AS_LISTED: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
 _KINDS, _TURNS = 1 << 16, 64  # of questions, and messages in a row of one
+_met = False  # whether `init` made this world, in a part of the store that is its own
 _timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later in this world; torch has one of its own
 
 
@@ -43,7 +44,7 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     or a load in which a rank's disk does nothing for about as long, however long it takes while it goes on. On Linux,
     ranks of torchrun are killed when it is gone.
     """
-    global _timeout
+    global _met, _timeout
     if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
         raise ConfigError(f"init: timeout is {timeout}, expected a timedelta above 0, such as timedelta(minutes=10)")
     end_with_the_launcher()
@@ -57,6 +58,9 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         start = meet(store, rank, world, make_room_for_connections(rank, world), timeout)
         dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
+        _met = True
+    elif _timeout[0] is not dist.group.WORLD:
+        _met = False
     _timeout = (dist.group.WORLD, timeout)
     return device
 
@@ -99,7 +103,7 @@ class World:
             raise LifecycleError("shard: torchrun's RANK is set but no process group exists: call mics.init() first")
         self._single = not dist.is_initialized()
         if not self._single:
-            remember_store()
+            remember_store(new=_timeout[0] is dist.group.WORLD and _met)
         self.whole = group is None
         self._questions = "questions"  # the lane of what this world asks
         self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
@@ -251,9 +255,10 @@ def _tell(group: ProcessGroup | None, ranks: Sequence[int], mine: object, what: 
         dist.all_gather_object(everyone, (what, mine), group=group)
     except RuntimeError as error:
         absent = absentees(f"{name} {_told[name]}", ranks)
-        if absent:
-            others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
-            raise blamed(f"{what}: hearing all ranks", silent("nothing came from", absent[0], others, error)) from error
+        if absent is not None:
+            one, number = absent
+            others = f" and {number - 1} others" if number > 1 else ""
+            raise blamed(f"{what}: hearing all ranks", silent("nothing came from", one, others, error)) from error
         raise blamed(f"{what}: hearing all ranks", error) from error
     (first, _), *_ = everyone
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):

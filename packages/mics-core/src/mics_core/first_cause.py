@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -27,23 +28,28 @@ _LONGEST = 500  # characters of another rank's sentence
 
 _store: Any = None  # torch does not name the type
 _rank = 0
+_start = ""
+_questions: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_asking: threading.Thread | None = None
 
 
-def remember_store() -> None:
-    """Keep the store of the default process group, which may be gone when it is needed."""
-    global _store, _rank
+def remember_store(*, new: bool) -> None:
+    """Keep the store of the default process group, which may be gone when it is needed; whether it is new in each start
+    of torchrun, whose count of starts differs between nodes.
+    """
+    global _store, _rank, _start, _questions, _asking
     _store, _rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    _start = "" if new else f", start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if _asking is None or not _asking.is_alive():  # now: a process that is ending starts no threads
+        _questions = SimpleQueue()
+        _asking = threading.Thread(target=_ask, args=(_questions,), name="mics first cause", daemon=True)
+        _asking.start()
 
 
 def publish(error: BaseException) -> None:
     """Tell all ranks that this one ends by an error; if another one has told already, that stays."""
-    if _store is None:
-        return
     text = " ".join(f"rank {_rank} raised {type(error).__name__}: {error}".split())[:_LONGEST]
-    try:
-        _store.compare_set(_key(), "", text)
-    except RuntimeError:
-        return  # who keeps the store is gone, and so are those who would read it
+    _answered(lambda store: store.compare_set(_key(), "", text), None, 0.0)
 
 
 def known() -> str:
@@ -51,13 +57,13 @@ def known() -> str:
     return _answered(_first, "", _GRACE)
 
 
-def absentees(meeting: str, ranks: Sequence[int]) -> list[int]:
-    """Those of these ranks that do not say, a moment after this one, that the same meeting has failed for them, too.
+def absentees(meeting: str, ranks: Sequence[int]) -> tuple[int, int] | None:
+    """Of these ranks one that does not say, a moment after this one, that the same meeting has failed for it, too; and
+    how many do not.
 
     Whoever waits for messages hears of a failure at once, as connections are closed; whoever does not come, does not.
     """
-    keys = {rank: f"mics: rank {rank} misses others in {meeting}, {_start()}" for rank in ranks}
-    return _answered(lambda store: _silent(store, keys), [], _ROLL_CALL)
+    return _answered(lambda store: _silent(store, f"mics: {meeting}{_start}", ranks), None, _ROLL_CALL)
 
 
 def _first(store: Any) -> str:
@@ -69,34 +75,48 @@ def _first(store: Any) -> str:
     return str(store.get(_key()).decode(errors="replace"))
 
 
-def _silent(store: Any, keys: dict[int, str]) -> list[int]:
+def _silent(store: Any, meeting: str, ranks: Sequence[int]) -> tuple[int, int] | None:
     deadline = time.monotonic() + _ROLL_CALL
-    store.set(keys[_rank], "")
-    while not store.check(list(keys.values())) and not store.check([_key()]):  # which names who ended
+    store.set(f"{meeting}, rank {_rank}", "")
+    here = store.add(meeting, 1)  # a counter: thousands of ranks do not ask for thousands of names again and again
+    while here < len(ranks) and not store.check([_key()]):  # which names who ended
         if time.monotonic() > deadline:
-            return [rank for rank, key in keys.items() if not store.check([key])]
+            return _one_of(store, meeting, ranks), len(ranks) - here
         time.sleep(_PAUSE)
-    return []
+        here = store.add(meeting, 0)
+    return None
+
+
+def _one_of(store: Any, meeting: str, ranks: Sequence[int]) -> int:
+    """The first of these ranks that has not come, if one has not."""
+    while len(ranks) > 1:
+        half = ranks[: len(ranks) // 2]
+        ranks = ranks[len(half) :] if store.check([f"{meeting}, rank {rank}" for rank in half]) else half
+    return ranks[0]
 
 
 def _answered(ask: Callable[[Any], T], nothing: T, seconds: float) -> T:
     """What comes of asking the store for so long; nothing if it does not answer: then nobody asks again."""
-    global _store
+    global _store, _asking
     if _store is None:
         return nothing
     answers: list[T] = []
+    over, store = threading.Event(), _store
 
-    def work(store: Any) -> None:
+    def question() -> None:
         with suppress(RuntimeError):  # the store is gone with the rank that kept it
             answers.append(ask(store))
+        over.set()
 
-    asking = threading.Thread(target=work, args=(_store,), name="mics first cause", daemon=True)
-    with suppress(RuntimeError):  # an interpreter that ends starts no thread
-        asking.start()
-        asking.join(seconds + _ANSWER)
-        if asking.is_alive():
-            _store = None
+    _questions.put(question)
+    if not over.wait(seconds + _ANSWER):
+        _store = _asking = None
     return answers[0] if answers else nothing
+
+
+def _ask(questions: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        questions.get()()
 
 
 def blamed(what: str, error: BaseException) -> RuntimeError:
@@ -107,11 +127,7 @@ def blamed(what: str, error: BaseException) -> RuntimeError:
 
 
 def _key() -> str:
-    return f"mics: why the first rank ended, {_start()}"
-
-
-def _start() -> str:
-    return f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"mics: why the first rank ended{_start}"
 
 
 def publish_at_the_end() -> None:

@@ -21,7 +21,7 @@ def end_with_the_launcher() -> None:
     is beside them meanwhile, one that hangs stays, and the checkpoints that it has are whole at any moment. Without
     torchrun the parent may be anybody, such as a shell script that is done, so nothing is asked.
     """
-    if sys.platform == "linux" and dist.is_torchelastic_launched():
+    if sys.platform == "linux" and "RANK" in os.environ and dist.is_torchelastic_launched():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

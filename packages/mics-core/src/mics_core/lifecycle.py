@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class Conductor:
     def close(self) -> None:
         """Modules own slices again."""
         self.phase = Phase.REST
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Until the end the model's memory is overwritten, perhaps by a thread that nobody waits for any more."""
+        self.phase = Phase.LOADING
+        try:
+            yield
+        finally:
+            self.phase = Phase.REST
 
     def bring_what_users_wrote(self) -> None:
         """Parameters may be written between steps, on all ranks alike: by load_state_dict, or to clamp them."""
@@ -181,6 +191,11 @@ class Conductor:
         return _task() != -1
 
     def _begin_forward(self, differentiated: bool) -> None:
+        if self.phase is Phase.LOADING:
+            raise LifecycleError(
+                "forward: a load of this model has failed because a disk hangs, and would still write to its memory if "
+                "the disk went on: end this process, and load in a new one"
+            )
         if self.phase is Phase.BACKWARD:
             self._give_up_backward()
         self.phase = Phase.FORWARD

@@ -8,6 +8,7 @@ rank 0, which cannot know whether a question is an old one, answers until all ra
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from mics_core.errors import ConfigError, LifecycleError
 
 _PAUSE = 0.02
+_FAREWELL = timedelta(seconds=10)
 
 
 def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) -> Store:
@@ -25,19 +27,25 @@ def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) 
     if rank == 0:
         start = _start(store, mine)
         said = _hear_all(store, start, mine, world, timeout)
-        start.set("verdict", next(filter(None, [trouble, *said]), ""))
+        verdict = next(filter(None, [trouble, *said]), "")
+        start.set("verdict", verdict)
+        if verdict and world > 1:  # this rank raises, and may keep the store
+            with suppress(RuntimeError):
+                start.wait([_heard(other) for other in range(1, world)], _FAREWELL)
     else:
         store.set(_question(rank), mine)
         try:
             start = _start(store, store.get(_answer(mine)).decode())
             start.set(_thanks(rank), trouble)
             start.wait(["verdict"])
+            verdict = start.get("verdict").decode()
+            start.set(_heard(rank), "")
         except RuntimeError as error:  # nobody answered for too long, or who keeps the store is gone
             raise LifecycleError(
                 f"init: rank {rank} did not hear that all {world} ranks are there: look for the error of one that is "
                 f"not, or give init a longer timeout than {timeout} ({error})"
             ) from error
-    if verdict := start.get("verdict").decode():
+    if verdict:
         raise ConfigError(verdict)
     return start
 
@@ -70,6 +78,10 @@ def _question(rank: int) -> str:
 
 def _answer(name: str) -> str:
     return f"mics: the start of {name}"
+
+
+def _heard(rank: int) -> str:
+    return f"rank {rank} has heard"
 
 
 def _thanks(rank: int) -> str:

@@ -12,6 +12,7 @@ class Phase(Enum):
     FORWARD = "forward"
     BACKWARD = "backward"
     OPEN = "full_params"
+    LOADING = "load"
 
 
 class MicroStep(Enum):

@@ -9,12 +9,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def _own_clock() -> int:
+    """The number of the clock of this thread's CPU time; of time itself where the system has none, as macOS: what hangs
+    is not told from what is slow there, and waited for.
+    """
+    find = getattr(time, "pthread_getcpuclockid", None)
+    return time.CLOCK_MONOTONIC if find is None else int(find(threading.get_ident()))
+
 
 _here = threading.local()  # `clocks`: those of the task that this thread works for
 
@@ -64,12 +73,14 @@ class Task(Generic[T]):
         return self._looks
 
     def _run(self) -> None:
-        before, clock = vars(_here).copy(), time.pthread_getcpuclockid(threading.get_ident())
+        before, clock = vars(_here).copy(), _own_clock()
         _here.clocks = self._clocks
         self._clocks.append(clock)
         inference, gradients = self._modes
+        # Without a stream: torch.cuda.stream(None) would begin to use the GPU.
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         try:
-            with torch.cuda.stream(self._stream), torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            with stream, torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                 self._results.append(self._job())
         except BaseException as error:  # handed to whoever asks for the result
             self._error = error

@@ -102,9 +102,10 @@ class _Job:
 
     def read(self) -> None:
         """Overwrite the masters, the buffers and the optimizer's state."""
-        self._fill()
-        for name, value in self._own["buffers"].items():
-            self._buffers[name].copy_(value)
+        with self._runtime.conductor.loading():
+            self._fill()
+            for name, value in self._own["buffers"].items():
+                self._buffers[name].copy_(value)
 
     def finish(self) -> None:
         """Bring the weights to where they are used, and let everything go on from there."""

@@ -66,6 +66,7 @@ class Saving:
 
 
 _under_way: list[Saving] = []
+_turn = threading.Lock()  # of what changes folders: nothing writes beside a thread that hangs, and may go on
 
 
 def _forget(saving: Saving) -> None:
@@ -164,7 +165,6 @@ class _Job:
     keep: int | None
     about: dict[str, Any]
     claim: ExitStack = field(default_factory=ExitStack)
-    turn: threading.Lock = field(default_factory=threading.Lock)  # of what changes the folder; it may hang
 
     def prepare(self, world: World) -> None:
         """Make room for what will be written."""
@@ -182,34 +182,34 @@ class _Job:
     def _left_if_it_fails(self, world: World, *, begun: bool) -> Iterator[None]:
         try:
             yield
-        except Exception:
+        except BaseException:  # Ctrl-C, too: its traceback may keep the claim for as long as anybody looks at it
             if self.rank == 0:
                 # In a thread: a disk that hangs must not keep the failure from the caller.
                 Task(partial(self._leave, begun)).wait(world.timeout / 3)
             raise
 
     def _leave(self, begun: bool) -> None:
-        with self.turn, self.claim:  # no other save comes to the folder before what hangs has gone on
+        with _turn, self.claim:  # no other save comes to the folder before what hangs has gone on
             if begun:  # else what is there may be another process's
                 self.place.abandon()
 
     def _prepare(self) -> None:
         if self.rank == 0:
-            with self.turn:
+            with _turn:
                 self.claim.enter_context(self.place.claimed())
                 self.place.prepare()
 
     def _write(self) -> Written:
-        with self.turn:
+        with _turn:
             return write(self.place.temporary, self.contents, self.rank, self.rungs)
 
     def _publish(self, written: list[Written]) -> None:
         if self.rank == 0:
-            with self.turn:
+            with _turn:
                 self._make_complete(written)
 
     def _tidy(self) -> None:
-        with self.turn, self.claim:
+        with _turn, self.claim:
             if self.rank == 0:
                 self.place.tidy(self.keep, self.about["runs"])
 

@@ -111,6 +111,7 @@ class _Job:
     """Reading that can no longer fail for what is given."""
 
     def __init__(self, runtime: Runtime, model: nn.Module, given: _Given) -> None:
+        self._runtime = runtime
         self._given = given
         targets = [*_weights(runtime, model), *_buffers(model)]
         _check_names(targets, given)
@@ -126,8 +127,9 @@ class _Job:
     @torch.no_grad()
     def read(self) -> None:
         """Overwrite what this rank holds."""
-        for target in self._targets:
-            _fill(target, self._given.tensors[self._names(target)[0]])  # which is gone before the next is made
+        with self._runtime.conductor.loading():
+            for target in self._targets:
+                _fill(target, self._given.tensors[self._names(target)[0]])  # which is gone before the next is made
 
     def _names(self, target: _Target) -> list[str]:
         return [name for name in target.names if name in self._given.names]
