@@ -117,8 +117,8 @@ def test_a_flipped_bit_is_found_on_every_rank(pool: Pool, state: str, culprit: i
         assert f"check_replicas: {sentence}, expected the same bits" in str(error)
 
 
-def test_what_users_wrote_into_parameters_is_no_difference_between_replicas(pool: Pool) -> None:
-    pool.run(2, work.clamped)
+def test_what_users_wrote_into_parameters_is_used_and_no_difference_between_replicas(pool: Pool) -> None:
+    assert pool.run(2, work.clamped) == [True, True]
 
 
 def test_nothing_is_gathered_while_the_optimizer_writes_though_a_loop_was_left_early(pool: Pool) -> None:

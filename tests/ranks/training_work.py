@@ -330,16 +330,26 @@ def corrupt(sharding: mics.Sharding, state: str, culprit: int) -> None:
     mics.check_replicas(model)
 
 
-def clamped() -> None:
-    """A user writes to parameters, which have their own memory where O > P, and asks at once."""
+def clamped() -> bool:
+    """A user writes to parameters, which have their own memory where O > P, and compares at once; and writes again:
+    whether the next forward computes with that.
+    """
     model = mics.shard(Mlp(), mics.Sharding(1, 1, 2), ranks_per_node=1)
     optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
     loss(model, 0, 0, dist.get_rank()).backward()
     optimizer.step()
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def clamp(most: float) -> None:
         for parameter in model.parameters():
-            parameter.clamp_(-0.01, 0.01)
+            parameter.clamp_(-most, most)
+
+    clamp(0.1)
     mics.check_replicas(model)
+    clamp(0.01)
+    found = loss(model, 0, 0, 0)
+    mics.check_replicas(model)
+    return torch.equal(found, loss(model, 0, 0, 0))
 
 
 def under_way_after_a_loop_was_left() -> list[str]:
