@@ -35,3 +35,8 @@ def whole(anchor: torch.Tensor, views: Sequence[torch.Tensor], finish: Callable[
     """
     outputs: tuple[torch.Tensor, ...] = _Whole.apply(anchor, views, finish)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def task() -> int:
+    """Which backward is running on this thread; nested ones have numbers of their own. -1 if there is none."""
+    return torch._C._current_graph_task_id()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mics_core import trees
-from mics_core.autograd import whole
+from mics_core.autograd import task, whole
 from mics_core.errors import LifecycleError
 from mics_core.gather import Gathered, Gatherer
 from mics_core.micro_batches import Count
@@ -188,7 +188,7 @@ class Conductor:
 
     def _recomputing(self) -> bool:
         """Whether a forward runs inside a backward, as under a checkpoint."""
-        return _task() != -1
+        return task() != -1
 
     def _begin_forward(self, differentiated: bool) -> None:
         if self.phase is Phase.LOADING:
@@ -224,7 +224,7 @@ class Conductor:
         if not self._order.reach(Use(station.number, Way.BACKWARD)):
             self.drop_fetched()
         self.gatherer.take(station.gathered)
-        self._taken.append((station, _task()))
+        self._taken.append((station, task()))
         self._fetch()
         self.gatherer.arrive(station.gathered)
         for (_, places), present in zip(station.places, views, strict=True):
@@ -242,14 +242,6 @@ class Conductor:
         # knows how many follow, so gradients wait for the clip or step.
         return self.micro_step is MicroStep.LAST and not self._unannounced
 
-    def _check_scaled(self) -> None:
-        """Raise if gradients came that the loss scale has not enlarged: they would be made too small."""
-        if self.scaling is not None and not self.scaling.entered:
-            raise LifecycleError(
-                "backward: gradients came that did not begin at what the model returned, where the loss is scaled: "
-                "with Precision.fp16 call the model itself, not its parts, and make the loss of what it returns"
-            )
-
     def _finisher(self, station: Station) -> Callable[..., None]:
         reduced = station.reduced
 
@@ -260,14 +252,15 @@ class Conductor:
                     "every tensor that a loss is made of, rather than keeping it in an attribute"
                 )
             # A checkpoint inside the unit may run its part of the backward as a task of its own, and others follow.
-            if (station, _task()) in self._taken:
+            if (station, task()) in self._taken:
                 station.clear()
                 # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's
                 # backward begins with them; so the memory stays until then.
                 self._finished.append(station)
                 station.awaited -= 1
             if reduced is not None:
-                self._check_scaled()
+                if self.scaling is not None:
+                    self.scaling.check_entered()
                 self._received = True
                 self.reducer.take(reduced, grads)
                 if self._is_last() and station.awaited == 0:
@@ -354,8 +347,3 @@ class Conductor:
                 self.before_backward(station, whole)
 
         return hook
-
-
-def _task() -> int:
-    """Which backward is running on this thread; nested ones have numbers of their own. -1 if there is none."""
-    return torch._C._current_graph_task_id()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mics_core import trees
+from mics_core.errors import LifecycleError
 from mics_core.sharding import LossScale
 
 
@@ -57,6 +58,14 @@ class Scaling:
     def state(self) -> dict[str, float]:
         """The numbers that a later run needs; the host waits for them."""
         return {"scale": self.scale.item(), "good": self._good.item()}
+
+    def check_entered(self) -> None:
+        """Raise if gradients came that the scale has not enlarged: they would be made too small."""
+        if not self.entered:
+            raise LifecycleError(
+                "backward: gradients came that did not begin at what the model returned, where the loss is scaled: "
+                "with Precision.fp16 call the model itself, not its parts, and make the loss of what it returns"
+            )
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue with the numbers of another run."""
