@@ -131,21 +131,22 @@ def test_the_launcher_names_a_rank_that_died_without_a_word(tmp_path: Path) -> N
     assert launched(tmp_path, program) == (137, "", "launch: rank 1 ended with exit status -9, expected 0\n")
 
 
+SAVES_WHEN_ASKED = """
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))
+open(f'{__file__}.{rank}', 'w').close()
+while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)
+"""
+
+
 @pytest.mark.deep
 def test_ctrl_c_asks_ranks_to_leave_and_shows_no_traceback(tmp_path: Path) -> None:
-    program = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))\n"
-    program += "open(f'{__file__}.{rank}', 'w').close()\n"
-    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
-    program += "if rank == 0: print('ready', flush=True)\ntime.sleep(600)"
+    program = SAVES_WHEN_ASKED + "if rank == 0: print('ready', flush=True)\ntime.sleep(600)"
     assert launched(tmp_path, program, interrupted=True) == (143, "saved\nsaved\n", "")
 
 
 @pytest.mark.deep
 def test_sigusr1_to_the_launcher_asks_ranks_to_leave(tmp_path: Path) -> None:
-    program = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(3)))\n"
-    program += "open(f'{__file__}.{rank}', 'w').close()\n"
-    program += "while not os.path.exists(f'{__file__}.{1 - rank}'): time.sleep(0.01)\n"
-    program += "if rank == 0: os.kill(os.getppid(), signal.SIGUSR1)\ntime.sleep(600)"
+    program = SAVES_WHEN_ASKED + "if rank == 0: os.kill(os.getppid(), signal.SIGUSR1)\ntime.sleep(600)"
     assert launched(tmp_path, program, arguments=TORCHRUN[:3]) == (143, "saved\nsaved\n", "")
 
 
