@@ -1,6 +1,7 @@
 """Models whose units are called in unusual ways."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model_case import WIDTH, Block, Case, Chain, blocks, distance
-from model_cases_parameters import TiedToRoot
+from model_cases_parameters import LowRank, TiedToRoot
 
 # ---- how units are called
 
@@ -116,6 +117,43 @@ class Aside(Chain):
 
     def loss(self, batch: Tensor, step: int) -> Tensor:
         return super().loss(batch, step) + sum(block.extra for block in self.blocks)
+
+
+def in_a_thread(call: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Autograd's order goes by threads, and what a new one did comes last."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call, *inputs).result()
+
+
+class Threaded(LowRank):
+    def forward(self, x: Tensor) -> Tensor:
+        return in_a_thread(Block.forward, self, x) + self.up(self.down(x))
+
+
+class GradientsOfInputsLast(Chain):
+    """units whose inputs get gradients after their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Threaded() for _ in range(3)])
+
+
+class Join(Block):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return in_a_thread(super().forward, x) * y
+
+
+class FrozenJoin(Chain):
+    """a frozen unit whose second input gets its gradient before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join = nn.ModuleList([Join().requires_grad_(False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.blocks[2](self.blocks[1](x))
+        return self.last(self.join[0](self.blocks[0](x), y))
 
 
 class Into(Block):
