@@ -22,6 +22,7 @@ class Case(nn.Module):
     clip: ClassVar[float | None] = 0.5
     ignored: ClassVar[str] = ""  # how a warning begins that torch gives on its own account
     loops: ClassVar[Sequence[str]] = ("accumulate", "plain")
+    degrees: ClassVar[tuple[int, int, int] | None] = None  # of the one way in which the quick tests train it
 
     @staticmethod
     def batch(generator: torch.Generator) -> Any:

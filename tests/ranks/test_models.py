@@ -21,7 +21,7 @@ COMPILED = ("units compiled in place after they were cut", "units wrapped by tor
 def cases() -> Iterator[Any]:
     """Every kind of model, each under one way to train where parameters come and go and micro-steps are marked.
 
-    The name of a kind decides which, so that a new kind leaves the others where they are.
+    Its name decides which, so that a new kind leaves the others where they are, unless it says so itself.
     """
     for name, case in work.CASES.items():
         marks = [pytest.mark.filterwarnings(f"ignore:{case.ignored}")] if case.ignored else []
@@ -30,7 +30,8 @@ def cases() -> Iterator[Any]:
         runs = [run for run in work.RUNS if run.loop in case.loops]
         if not is_deep():
             short = [run for run in runs if run.loop == "accumulate" and run.degrees[0] > 1] or runs
-            runs = [short[crc32(name.encode()) % len(short)]]
+            chosen = [run for run in short if run.degrees == case.degrees]
+            runs = chosen or [short[crc32(name.encode()) % len(short)]]
         yield pytest.param(name, runs, marks=marks, id=name)
 
 
