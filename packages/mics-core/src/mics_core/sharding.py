@@ -94,7 +94,7 @@ class LossScale:
             scale = getattr(self, name)
             if not (isinstance(scale, Real) and 1 <= float(scale) < torch.finfo(torch.float32).max):
                 raise ConfigError(
-                    f"LossScale: {name} is {scale}, expected a number from 1 up that is finite in float32: gradients "
+                    f"LossScale: {name} is {scale!r}, expected a number from 1 up that is finite in float32: gradients "
                     "are scaled up"
                 )
         if self.initial > self.largest:
@@ -102,7 +102,7 @@ class LossScale:
                 f"LossScale: initial is {self.initial}, expected no more than largest, {self.largest}: raise largest"
             )
         if not (isinstance(self.patience, Real) and float(self.patience) >= 1):
-            raise ConfigError(f"LossScale: patience is {self.patience}, expected a count of steps from 1 up")
+            raise ConfigError(f"LossScale: patience is {self.patience!r}, expected a count of steps from 1 up")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Precision:
         for name in ("compute", "reduce", "master"):
             dtype = getattr(self, name)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-                raise ConfigError(f"Precision: {name} is {dtype}, expected float64, float32, bfloat16 or float16")
+                raise ConfigError(f"Precision: {name} is {dtype!r}, expected float64, float32, bfloat16 or float16")
         if self.master.itemsize < max(4, self.compute.itemsize):
             raise ConfigError(
                 f"Precision: master is {self.master}, expected float32 or float64 and no narrower than compute, "
