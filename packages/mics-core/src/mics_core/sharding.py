@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from typing import Any, Never
 
 import torch
 
@@ -36,24 +37,34 @@ class Sharding:
         return cls(degree, degree, degree)
 
     @classmethod
-    def ddp(cls) -> Sharding:
+    def ddp(cls, *given: Never) -> Sharding:
         """Every rank holds everything."""
-        return cls(1, 1, 1)
+        return cls._named("ddp", (1, 1, 1), given)
 
     @classmethod
-    def zero1(cls) -> Sharding:
+    def zero1(cls, *given: Never) -> Sharding:
         """The optimizer's state is cut over all ranks."""
-        return cls(1, 1, WORLD)
+        return cls._named("zero1", (1, 1, WORLD), given)
 
     @classmethod
-    def zero2(cls) -> Sharding:
+    def zero2(cls, *given: Never) -> Sharding:
         """Gradients and the optimizer's state are cut over all ranks."""
-        return cls(1, WORLD, WORLD)
+        return cls._named("zero2", (1, WORLD, WORLD), given)
 
     @classmethod
-    def zero3(cls) -> Sharding:
+    def zero3(cls, *given: Never) -> Sharding:
         """Everything is cut over all ranks."""
-        return cls(WORLD, WORLD, WORLD)
+        return cls._named("zero3", (WORLD, WORLD, WORLD), given)
+
+    @classmethod
+    def _named(cls, name: str, degrees: tuple[int, int, int], given: tuple[Any, ...]) -> Sharding:
+        """One that takes no argument; raise if it was given one."""
+        if given:
+            meant = cls(*(given[0] if degree == WORLD else degree for degree in degrees))
+            raise ConfigError(
+                f"Sharding.{name}: got {given[0]!r}, expected nothing: call it without, for all ranks, or write {meant!r}"
+            )
+        return cls(*degrees)
 
     def resolve(self, world: int) -> Sharding:
         """The same with `WORLD` replaced, checked for a world of so many ranks."""
