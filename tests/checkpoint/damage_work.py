@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -170,8 +171,8 @@ def save_inside(folder: Path) -> None:
     model(torch.ones(2, 6))
 
 
-def fail_behind(folder: Path) -> list[str]:
-    """A save in the background fails; then comes another."""
+def fail_behind(folder: Path, odd: int) -> list[str]:
+    """A save in the background fails on a rank: rank 0 cannot publish it, others cannot write; then comes another."""
     model, optimizer = saved(folder)
     dist.barrier()
     path = folder / "step-2"
@@ -183,15 +184,15 @@ def fail_behind(folder: Path) -> list[str]:
     dist.barrier()
     said = []
     blocked = folder / "step-3"
-    if on_first_rank():
-        real = Path.rename
+    called = "open" if odd else "rename"
+    real = getattr(Path, called)
 
-        def refuse(self: Path, target: Path) -> Path:
-            if self.name == ".step-3.saving":
-                raise OSError(28, "No space left on device")
-            return real(self, target)
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if ".step-3.saving" in self.parts and dist.get_rank() == odd:
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments, **named)
 
-        Path.rename = refuse  # type: ignore[method-assign,assignment]
+    setattr(Path, called, refuse)
     try:
         mics.save(blocked, model, optimizer, background=True)
         for _ in range(2):
@@ -201,8 +202,7 @@ def fail_behind(folder: Path) -> list[str]:
             except RuntimeError as error:
                 said.append(str(error))
     finally:
-        if on_first_rank():
-            Path.rename = real  # type: ignore[method-assign]
+        setattr(Path, called, real)
     return said
 
 

@@ -69,9 +69,11 @@ def test_a_save_inside_a_forward(pool: Pool, tmp_path: Path) -> None:
         assert "save: called inside the model's forward" in str(error)
 
 
-def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool, tmp_path: Path) -> None:
-    for first, second in pool.run(2, work.fail_behind, tmp_path):
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool, tmp_path: Path, odd: int) -> None:
+    for first, second in pool.run(2, work.fail_behind, tmp_path, odd):
         assert "No space left on device" in first
+        assert first.count("on rank ") <= 1
         assert second == "saved"
 
 

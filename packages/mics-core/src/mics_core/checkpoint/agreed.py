@@ -63,7 +63,7 @@ def exchange(world: World, caller: str, job: Callable[[], T], at_disk: str = "")
                 )
     for rank, (_, problem) in zip(world.ranks, over, strict=True):
         if problem is not None:
-            here = mine == (None, problem)
+            here = mine == (None, problem) or problem.text.startswith("on rank ")  # as that of a save before
             raise problem.kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
     return [result for result, _ in over]
 
