@@ -133,6 +133,10 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
     path, keep, extra = folder / "step-2", None, {}
     if how == "not a directory":
         path = folder / "latest" / "step-2"
+    elif how == "below a file":
+        path = folder / "latest" / "runs" / "step-2"
+    elif how == "no place":
+        path = Path("/proc/step-2")
     elif how == "keep":
         keep = 0
     elif how == "paths":

@@ -46,9 +46,11 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("not a directory", "File exists, expected a disk with room"),
-        ("full", "/.step-2.saving/__1_0.distcp: File too large"),
-        ("full behind", "/.step-2.saving/__1_0.distcp: File too large"),
+        ("not a directory", "/latest is a file, expected a folder to save in: choose another path"),
+        ("below a file", "/latest is a file, expected a folder to save in: choose another path"),
+        ("no place", "/proc/.lock cannot be written: No such file or directory, expected a folder in which all ranks"),
+        ("full", "/.step-2.saving/__1_0.distcp cannot be written: File too large, expected a disk with room"),
+        ("full behind", "/.step-2.saving/__1_0.distcp cannot be written: File too large"),
         ("keep", "keep is 0, expected a count from 1 up"),
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,11 +13,10 @@ from mics_core.errors import ConfigError, LifecycleError
 
 T = TypeVar("T")
 
-_WRITABLE = (
-    "expected a disk with room that all ranks may write to: choose another path or make room; older checkpoints are as "
-    "they were"
-)
-_READABLE = "expected files that all ranks may read: give another path"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "cannot be written: {}, expected a disk with room: make room, or choose another path"
+_WRITABLE = "cannot be written: {}, expected a folder in which all ranks may make files: choose another path"
+_READABLE = "cannot be read: {}, expected files that all ranks may read: give another path"
 _LOOKS = 3  # at a job in the time of the timeout: as many in a row that see no progress are its end
 
 
@@ -82,9 +82,10 @@ def _problem(caller: str, error: Exception) -> _Problem:
     text = str(error).replace("\n", " ")
     if isinstance(error, OSError):
         where = error.filename or "a file of the checkpoint"
-        return _Problem(
-            RuntimeError, f"{caller}: {where}: {error.strerror}, {_WRITABLE if caller == 'save' else _READABLE}"
-        )
+        said = _READABLE
+        if caller == "save":
+            said = (_ROOM if error.errno in _FULL else _WRITABLE) + "; older checkpoints are as they were"
+        return _Problem(RuntimeError, f"{caller}: {where} {said.format(error.strerror or error)}")
     if type(error) is not RuntimeError:
         text = f"{caller}: {type(error).__name__}: {text}"
     return _Problem(RuntimeError, text)

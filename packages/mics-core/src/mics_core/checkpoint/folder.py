@@ -219,6 +219,9 @@ def _siblings(folder: Path) -> list[tuple[Path, Manifest]]:
 def _make_durably(folder: Path) -> None:
     """Make a directory and those above it, so that they are there after the power fails."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    above = missing[-1].parent if missing else folder
+    if not above.is_dir():
+        raise ConfigError(f"save: {above} is a file, expected a folder to save in: choose another path")
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         _sync_directory(path.parent)
