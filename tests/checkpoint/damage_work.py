@@ -111,7 +111,7 @@ def load_into_another(folder: Path, kind: str) -> None:
     elif kind == "one rank":
         dist.barrier()
         folder = folder if on_first_rank() else folder / "step-1" / "nothing"
-    mics.load(folder, model, optimizer)
+    mics.load(folder, model, None if kind == "one optimizer" and on_first_rank() else optimizer)
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def short_of_space() -> Iterator[None]:
 def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
     """What a save says that cannot work; what is in the folder then; whether the one before can be loaded."""
     model, optimizer = saved(folder)
-    path, keep, extra = folder / "step-2", None, {}
+    path, keep, extra, passed = folder / "step-2", None, {}, optimizer
     if how == "not a directory":
         path = folder / "latest" / "step-2"
     elif how == "below a file":
@@ -145,6 +145,8 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
         mics.save(folder / "step-1", model, optimizer, step=1, background=True).wait()
     elif how == "extra":
         extra = {"function": lambda: None}
+    elif how == "optimizer":
+        passed = optimizer if dist.get_rank() == 1 else None
     elif how == "gradients":
         model(torch.ones(2, 6)).sum().backward()
     said = "nothing"
@@ -157,7 +159,7 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
             else:
                 mics.save(path, model, optimizer, background=how == "full behind").wait()
         else:
-            mics.save(path, model, optimizer, keep=keep, **extra)
+            mics.save(path, model, passed, keep=keep, **extra)
     except (RuntimeError, ValueError) as error:
         said = str(error)
     dist.barrier()

@@ -28,6 +28,7 @@ def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touc
         ("Longer", "more is missing in"),
         ("Shorter", "idle is in"),
         ("SGD", "the checkpoint's optimizer is AdamW, got SGD"),
+        ("one optimizer", "load: ranks [1] passed an optimizer and the others none, expected one from all"),
         ("fewer", "belongs to the checkpoint's optimizer alone"),
     ],
 )
@@ -52,6 +53,7 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
         ("full", "/.step-2.saving/__1_0.distcp cannot be written: File too large, expected a disk with room"),
         ("full behind", "/.step-2.saving/__1_0.distcp cannot be written: File too large"),
         ("keep", "keep is 0, expected a count from 1 up"),
+        ("optimizer", "save: ranks [1] passed an optimizer and the others none, expected one from all"),
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),

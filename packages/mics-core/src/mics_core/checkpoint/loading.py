@@ -56,13 +56,15 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
 
     together(world, "load", rest)
     stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
-    versions = exchange(world, "load", lambda: hashlib.sha256(stored.manifest.render()).digest())
+    told = exchange(world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None))
+    versions, passed = zip(*told, strict=True)
     odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
         raise ConfigError(
             f"load: ranks {odd} find another checkpoint than rank {world.ranks[0]}: give one path, on a shared disk, "
             "or load again if a save replaced it meanwhile"
         )
+    optimizer_state.check_passed("load", passed, world.ranks)
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size), "verifying its share of the files")
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored), "opening its files")
