@@ -62,7 +62,8 @@ class Sharding:
         if given:
             meant = cls(*(given[0] if degree == WORLD else degree for degree in degrees))
             raise ConfigError(
-                f"Sharding.{name}: got {given[0]!r}, expected nothing: call it without, for all ranks, or write {meant!r}"
+                f"Sharding.{name}: got {given[0]!r}, expected nothing: call it without, for all ranks, or "
+                f"write {meant!r}"
             )
         return cls(*degrees)
 
