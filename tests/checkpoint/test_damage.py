@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import damage_work as work
-from mics_core import ConfigError, LifecycleError
+from mics_core import ConfigError, LifecycleError, NoCheckpoint
 from pool import Pool
 
 
@@ -42,6 +42,8 @@ def test_a_checkpoint_of_another_model_or_optimizer(pool: Pool, tmp_path: Path, 
 def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kind: str) -> None:
     for error in pool.errors(2, work.load_into_another, tmp_path, kind):
         assert "does not exist or is empty, expected a directory with a manifest.json" in str(error)
+        # Whoever begins anew for want of any must not lose what other ranks see.
+        assert type(error) is (NoCheckpoint if kind == "nowhere" else RuntimeError)
 
 
 @pytest.mark.parametrize(

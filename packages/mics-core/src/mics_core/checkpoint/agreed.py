@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from mics_core.checkpoint.at_disk import Task
 from mics_core.comm import World
-from mics_core.errors import ConfigError, LifecycleError
+from mics_core.errors import ConfigError, LifecycleError, NoCheckpoint
 
 T = TypeVar("T")
 
@@ -64,7 +64,10 @@ def exchange(world: World, caller: str, job: Callable[[], T], at_disk: str = "")
     for rank, (_, problem) in zip(world.ranks, over, strict=True):
         if problem is not None:
             here = mine == (None, problem) or problem.text.startswith("on rank ")  # as that of a save before
-            raise problem.kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
+            kind = problem.kind
+            if kind is NoCheckpoint and not all(other is not None and other.kind is kind for _, other in over):
+                kind = RuntimeError  # whoever begins anew for want of any would save over what some ranks see
+            raise kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
     return [result for result, _ in over]
 
 
@@ -76,7 +79,7 @@ def together(world: World, caller: str, job: Callable[[], T], at_disk: str = "")
 
 
 def _problem(caller: str, error: Exception) -> _Problem:
-    for kind in (ConfigError, LifecycleError):
+    for kind in (ConfigError, LifecycleError, NoCheckpoint):
         if isinstance(error, kind):
             return _Problem(kind, str(error))
     text = str(error).replace("\n", " ")

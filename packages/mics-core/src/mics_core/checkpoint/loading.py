@@ -36,6 +36,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     bit. With another number of ranks random numbers are left alone, and buffers become those of rank 0.
     Without an optimizer (None) only the model is loaded.
 
+    Where there is no checkpoint yet it raises mics.NoCheckpoint on every rank: begin anew. One that is damaged, or that
+    some ranks do not see, raises another error, which names the newest complete one before it.
+
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
     leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
     the model. What is read goes to where it is used: no rank needs memory for more than its own state and a few boxes.
