@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,7 +111,7 @@ def load_into_another(folder: Path, kind: str) -> None:
     elif kind == "one rank":
         dist.barrier()
         folder = folder if on_first_rank() else folder / "step-1" / "nothing"
-    mics.load(folder, model, optimizer)
+    mics.load(folder, model, None if kind == "one optimizer" and on_first_rank() else optimizer)
 
 
 @contextmanager
@@ -129,9 +130,13 @@ def short_of_space() -> Iterator[None]:
 def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
     """What a save says that cannot work; what is in the folder then; whether the one before can be loaded."""
     model, optimizer = saved(folder)
-    path, keep, extra = folder / "step-2", None, {}
+    path, keep, extra, passed = folder / "step-2", None, {}, optimizer
     if how == "not a directory":
         path = folder / "latest" / "step-2"
+    elif how == "below a file":
+        path = folder / "latest" / "runs" / "step-2"
+    elif how == "no place":
+        path = Path("/proc/step-2")
     elif how == "keep":
         keep = 0
     elif how == "paths":
@@ -140,6 +145,8 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
         mics.save(folder / "step-1", model, optimizer, step=1, background=True).wait()
     elif how == "extra":
         extra = {"function": lambda: None}
+    elif how == "optimizer":
+        passed = optimizer if dist.get_rank() == 1 else None
     elif how == "gradients":
         model(torch.ones(2, 6)).sum().backward()
     said = "nothing"
@@ -152,7 +159,7 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
             else:
                 mics.save(path, model, optimizer, background=how == "full behind").wait()
         else:
-            mics.save(path, model, optimizer, keep=keep, **extra)
+            mics.save(path, model, passed, keep=keep, **extra)
     except (RuntimeError, ValueError) as error:
         said = str(error)
     dist.barrier()
@@ -170,8 +177,8 @@ def save_inside(folder: Path) -> None:
     model(torch.ones(2, 6))
 
 
-def fail_behind(folder: Path) -> list[str]:
-    """A save in the background fails; then comes another."""
+def fail_behind(folder: Path, odd: int) -> list[str]:
+    """A save in the background fails on a rank: rank 0 cannot publish it, others cannot write; then comes another."""
     model, optimizer = saved(folder)
     dist.barrier()
     path = folder / "step-2"
@@ -183,15 +190,15 @@ def fail_behind(folder: Path) -> list[str]:
     dist.barrier()
     said = []
     blocked = folder / "step-3"
-    if on_first_rank():
-        real = Path.rename
+    called = "open" if odd else "rename"
+    real = getattr(Path, called)
 
-        def refuse(self: Path, target: Path) -> Path:
-            if self.name == ".step-3.saving":
-                raise OSError(28, "No space left on device")
-            return real(self, target)
+    def refuse(self: Path, *arguments: Any, **named: Any) -> Any:
+        if ".step-3.saving" in self.parts and dist.get_rank() == odd:
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments, **named)
 
-        Path.rename = refuse  # type: ignore[method-assign,assignment]
+    setattr(Path, called, refuse)
     try:
         mics.save(blocked, model, optimizer, background=True)
         for _ in range(2):
@@ -201,8 +208,7 @@ def fail_behind(folder: Path) -> list[str]:
             except RuntimeError as error:
                 said.append(str(error))
     finally:
-        if on_first_rank():
-            Path.rename = real  # type: ignore[method-assign]
+        setattr(Path, called, real)
     return said
 
 

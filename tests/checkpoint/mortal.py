@@ -83,9 +83,11 @@ def live(rank: int, life: int, folder: Path, how: str, steps: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     model = mics.shard(Tiny(), mics.Sharding(1, 1, 2), ranks_per_node=1)
     optimizer = mics.AdamW(model.parameters(), lr=1e-2)
-    runs, first = folder / "runs", 0
-    if (runs / "latest").exists():
+    runs = folder / "runs"
+    try:
         first = mics.load(runs, model, optimizer)["step"]
+    except mics.NoCheckpoint:
+        first = 0
     note(folder / f"begun-{rank}", str(first))
     for step in range(first, steps):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(100 * step + rank))
@@ -176,7 +178,10 @@ def is_lost(folder: Path) -> bool:
     """Whether a checkpoint that was said to be complete is not what a load would find."""
     saved, runs = folder / "saved-0", folder / "runs"
     last = max((int(line) for line in saved.read_text().split()), default=0) if saved.exists() else 0
-    there = mics.checkpoint.folder.find(runs).name if (runs / "latest").exists() else "step-0"
+    try:
+        there = mics.checkpoint.finding.find(runs).name
+    except mics.NoCheckpoint:
+        there = "step-0"
     return int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
 
 

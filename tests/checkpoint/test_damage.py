@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import damage_work as work
-from mics_core import ConfigError, LifecycleError
+from mics_core import ConfigError, LifecycleError, NoCheckpoint
 from pool import Pool
 
 
@@ -28,6 +28,7 @@ def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touc
         ("Longer", "more is missing in"),
         ("Shorter", "idle is in"),
         ("SGD", "the checkpoint's optimizer is AdamW, got SGD"),
+        ("one optimizer", "load: ranks [1] passed an optimizer and the others none, expected one from all"),
         ("fewer", "belongs to the checkpoint's optimizer alone"),
     ],
 )
@@ -41,15 +42,20 @@ def test_a_checkpoint_of_another_model_or_optimizer(pool: Pool, tmp_path: Path, 
 def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kind: str) -> None:
     for error in pool.errors(2, work.load_into_another, tmp_path, kind):
         assert "does not exist or is empty, expected a directory with a manifest.json" in str(error)
+        # Whoever begins anew for want of any must not lose what other ranks see.
+        assert type(error) is (NoCheckpoint if kind == "nowhere" else RuntimeError)
 
 
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("not a directory", "File exists, expected a disk with room"),
-        ("full", "/.step-2.saving/__1_0.distcp: File too large"),
-        ("full behind", "/.step-2.saving/__1_0.distcp: File too large"),
+        ("not a directory", "/latest is a file, expected a folder to save in: choose another path"),
+        ("below a file", "/latest is a file, expected a folder to save in: choose another path"),
+        ("no place", "/proc/.lock cannot be written: No such file or directory, expected a folder in which all ranks"),
+        ("full", "/.step-2.saving/__1_0.distcp cannot be written: File too large, expected a disk with room"),
+        ("full behind", "/.step-2.saving/__1_0.distcp cannot be written: File too large"),
         ("keep", "keep is 0, expected a count from 1 up"),
+        ("optimizer", "save: ranks [1] passed an optimizer and the others none, expected one from all"),
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),
@@ -69,9 +75,11 @@ def test_a_save_inside_a_forward(pool: Pool, tmp_path: Path) -> None:
         assert "save: called inside the model's forward" in str(error)
 
 
-def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool, tmp_path: Path) -> None:
-    for first, second in pool.run(2, work.fail_behind, tmp_path):
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_failure_in_the_background_is_raised_by_the_next_save_once(pool: Pool, tmp_path: Path, odd: int) -> None:
+    for first, second in pool.run(2, work.fail_behind, tmp_path, odd):
         assert "No space left on device" in first
+        assert first.count("on rank ") <= 1
         assert second == "saved"
 
 

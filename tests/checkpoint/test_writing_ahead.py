@@ -56,7 +56,9 @@ def test_an_error_of_an_early_sync_is_raised_though_the_last_one_succeeds(
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", sync)
-    with pytest.raises(RuntimeError, match=r"step-1.saving/__0_0.distcp: Input/output error") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"step-1.saving/__0_0.distcp cannot be written: Input/output error"
+    ) as caught:
         mics.save(tmp_path / "step-1", sharded(), None)
     assert caught.value.__cause__ is None  # a sentence, not two tracebacks
     assert caught.value.__suppress_context__

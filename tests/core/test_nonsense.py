@@ -84,20 +84,23 @@ def cluster(**settings: Any) -> Callable[[], object]:
         (clip(math.nan), "clip_grad_norm_: max_norm is nan, expected"),
         (clip(None), "clip_grad_norm_: max_norm is None, expected a norm from 0 up"),
         (clip("x"), "clip_grad_norm_: max_norm is 'x', expected"),
-        (adamw(lr="1e-3"), "AdamW: lr is 1e-3, expected a finite number from 0 up"),
+        (adamw(lr="1e-3"), "AdamW: lr is '1e-3', expected a finite number from 0 up"),
         (adamw(eps=None), "AdamW: eps is None, expected"),
         (adamw(betas=0.9), "AdamW: betas are 0.9, expected two numbers"),
+        (adamw(betas="0.9, 0.99"), "AdamW: betas are '0.9, 0.99', expected two numbers"),
         (adamw(betas=("a", "b")), "AdamW: betas are ('a', 'b'), expected two numbers"),
         (changed(lr=math.nan), "AdamW: lr is nan, expected a finite number from 0 up"),
         (changed(weight_decay=math.inf), "AdamW: weight_decay is inf, expected"),
         (changed(betas=(2.0, 2.0)), "AdamW: betas are (2.0, 2.0), expected"),
         (lambda: mics.LossScale(initial=math.nan), "LossScale: initial is nan, expected a number from 1 up that is"),
-        (lambda: mics.LossScale(initial="1"), "LossScale: initial is 1, expected"),  # type: ignore[arg-type]
+        (lambda: mics.LossScale(initial="1"), "LossScale: initial is '1', expected"),  # type: ignore[arg-type]
         (lambda: mics.LossScale(largest=1e300), "LossScale: largest is 1e+300, expected a number from 1 up that is"),
         (lambda: mics.LossScale(largest=2.0), "LossScale: initial is 65536.0, expected no more than largest, 2.0"),
         (lambda: mics.LossScale(initial=0.0), "LossScale: initial is 0.0, expected"),
         (lambda: mics.LossScale(largest=0.0), "LossScale: largest is 0.0, expected"),
         (lambda: mics.LossScale(patience=0), "LossScale: patience is 0, expected a count of steps"),
+        (lambda: mics.LossScale(patience="9"), "LossScale: patience is '9', expected"),  # type: ignore[arg-type]
+        (lambda: mics.Precision("float32"), "Precision: compute is 'float32', expected float64"),  # type: ignore[arg-type]
         (shard(units=[]), "shard: units is [], expected a list of module classes"),
         (shard(units=0), "shard: units is 0, expected a list of module classes"),
         (shard(units=nn.Linear), "expected a list of module classes"),
@@ -111,11 +114,16 @@ def cluster(**settings: Any) -> Callable[[], object]:
         (shard(group=-100), "shard: group is -100, expected"),  # what torch gives to ranks that are not in a group
         (shard(precision=[]), "shard: precision is [], expected a mics.Precision"),
         (lambda: mics.init(None), "init: timeout is None, expected a timedelta above 0"),  # type: ignore[arg-type]
-        (lambda: mics.init(timedelta(seconds=-1)), "init: timeout is -1 day, 23:59:59, expected a timedelta above 0"),
+        (lambda: mics.init("60"), "init: timeout is '60', expected a timedelta above 0"),  # type: ignore[arg-type]
+        (lambda: mics.init(timedelta(-1)), "init: timeout is datetime.timedelta(days=-1), expected a timedelta above"),
         (lambda: next(mics.accumulate(model(), None)), "accumulate: micro_batches is None, expected"),  # type: ignore[arg-type]
         (lambda: mics.shape_of(("weight", torch.ones(2))), "shape_of: got a tuple, expected a parameter"),  # type: ignore[arg-type]
         (lambda: mics.Precision(loss_scale=2.0), "Precision: loss_scale is 2.0, expected a mics.LossScale"),  # type: ignore[arg-type]
         (lambda: mics.Sharding.ddp().resolve("2"), "Sharding: the number of ranks is '2', expected a count"),  # type: ignore[arg-type]
+        (lambda: mics.Sharding.zero3(2), "or write Sharding(params=2, grads=2, optimizer=2)"),  # type: ignore[arg-type]
+        (lambda: mics.Sharding.zero2(2), "or write Sharding(params=1, grads=2, optimizer=2)"),  # type: ignore[arg-type]
+        (lambda: mics.Sharding.zero1(2), "zero1: got 2, expected nothing: call it without"),  # type: ignore[arg-type]
+        (lambda: mics.Sharding.ddp(8), "Sharding.ddp: got 8, expected nothing"),  # type: ignore[arg-type]
         (forecast(model=None), "forecast: the model is None, expected a torch.nn.Module"),
         (forecast(sharding="ddp"), "forecast: sharding is 'ddp', expected a mics.Sharding"),
         (forecast(precision="bf16"), "forecast: precision is 'bf16', expected a mics.Precision"),

@@ -69,7 +69,7 @@ def test_precisions_by_their_names() -> None:
     [
         ({"compute": torch.int32}, "compute is torch.int32, expected float64, float32, bfloat16 or float16"),
         ({"reduce": torch.float8_e4m3fn}, "reduce is torch.float8_e4m3fn, expected"),
-        ({"reduce": "bf16"}, "reduce is bf16, expected"),
+        ({"reduce": "bf16"}, "reduce is 'bf16', expected"),
         ({"master": torch.bfloat16}, "master is torch.bfloat16, expected float32 or float64"),
         (dict.fromkeys(("compute", "master"), torch.bfloat16), "master is torch.bfloat16, expected float32 or float64"),
         ({"compute": torch.float64}, "no narrower than compute, torch.float64"),

@@ -107,6 +107,16 @@ def test_a_place_that_cannot_be_used_is_told_in_a_sentence(
     assert "Errno" not in complaint
 
 
+def test_a_run_that_may_begin_anew_does_not_beside_checkpoints_that_no_file_names(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    assert run("checkpoint.resume=auto", "checkpoint.every=1")[0] == 0  # there is none yet
+    (tmp_path / "run" / "checkpoints" / "latest").unlink()
+    status, _, complaint = run("checkpoint.resume=auto", "schedule.steps=4")
+    assert status == 2
+    assert re.fullmatch("pretrain: load: .* has no file latest, .*; the newest is .*/step-00000003\n", complaint)
+
+
 def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "-m mics_models.pretrain 'my runs/a/settings.toml' 'output=my runs/a' checkpoint.resume=always"
     assert resuming(Path("my runs/a"), 1) == f"python {told}"

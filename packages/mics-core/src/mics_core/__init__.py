@@ -5,7 +5,7 @@ from mics_core.checkpoint import load, save
 from mics_core.checkpoint.weight_files import open_weights
 from mics_core.checkpoint.weights import load_weights
 from mics_core.comm import init
-from mics_core.errors import ConfigError, LifecycleError
+from mics_core.errors import ConfigError, LifecycleError, NoCheckpoint
 from mics_core.forecast import forecast
 from mics_core.optimizer import AdamW
 from mics_core.planner.cluster import Cluster
@@ -27,6 +27,7 @@ __all__ = [
     "ConfigError",
     "LifecycleError",
     "LossScale",
+    "NoCheckpoint",
     "Precision",
     "Sharding",
     "accumulate",

@@ -46,7 +46,7 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """
     global _met, _timeout
     if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
-        raise ConfigError(f"init: timeout is {timeout}, expected a timedelta above 0, such as timedelta(minutes=10)")
+        raise ConfigError(f"init: timeout is {timeout!r}, expected a timedelta above 0, such as timedelta(minutes=10)")
     end_with_the_launcher()
     device = _CPU
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What can go wrong, in two words: a wrong request, or a right request at the wrong moment."""
+"""What can go wrong: a wrong request, a right request at the wrong moment, or no checkpoint yet."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ class ConfigError(ValueError):
 
 class LifecycleError(RuntimeError):
     """A request at the wrong moment: a step inside a backward, a forward before `shard`."""
+
+
+class NoCheckpoint(RuntimeError):
+    """Nothing to load there, on any rank: begin anew. A checkpoint that is damaged, or is seen by some ranks alone, is
+    a plain RuntimeError.
+    """

@@ -227,11 +227,11 @@ def _check_settings(group: Mapping[str, Any]) -> None:
         if isinstance(number, torch.Tensor):
             continue  # the host would wait for it here, and once more where the kernel takes it
         if not (isinstance(number, Real) and 0 <= float(number) < math.inf):
-            raise ConfigError(f"AdamW: {name} is {number}, expected a finite number from 0 up")
+            raise ConfigError(f"AdamW: {name} is {number!r}, expected a finite number from 0 up")
     betas = group["betas"]
     numbers = betas if isinstance(betas, tuple) else ()
     if len(numbers) != 2 or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in numbers):
-        raise ConfigError(f"AdamW: betas are {betas}, expected two numbers from 0 to below 1")
+        raise ConfigError(f"AdamW: betas are {betas!r}, expected two numbers from 0 to below 1")
 
 
 def _taking_part(reduced: Reduced) -> tuple[bool, ...]:

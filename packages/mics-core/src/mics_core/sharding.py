@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from typing import Any, Never
 
 import torch
 
@@ -36,24 +37,35 @@ class Sharding:
         return cls(degree, degree, degree)
 
     @classmethod
-    def ddp(cls) -> Sharding:
+    def ddp(cls, *given: Never) -> Sharding:
         """Every rank holds everything."""
-        return cls(1, 1, 1)
+        return cls._named("ddp", (1, 1, 1), given)
 
     @classmethod
-    def zero1(cls) -> Sharding:
+    def zero1(cls, *given: Never) -> Sharding:
         """The optimizer's state is cut over all ranks."""
-        return cls(1, 1, WORLD)
+        return cls._named("zero1", (1, 1, WORLD), given)
 
     @classmethod
-    def zero2(cls) -> Sharding:
+    def zero2(cls, *given: Never) -> Sharding:
         """Gradients and the optimizer's state are cut over all ranks."""
-        return cls(1, WORLD, WORLD)
+        return cls._named("zero2", (1, WORLD, WORLD), given)
 
     @classmethod
-    def zero3(cls) -> Sharding:
+    def zero3(cls, *given: Never) -> Sharding:
         """Everything is cut over all ranks."""
-        return cls(WORLD, WORLD, WORLD)
+        return cls._named("zero3", (WORLD, WORLD, WORLD), given)
+
+    @classmethod
+    def _named(cls, name: str, degrees: tuple[int, int, int], given: tuple[Any, ...]) -> Sharding:
+        """One that takes no argument; raise if it was given one."""
+        if given:
+            meant = cls(*(given[0] if degree == WORLD else degree for degree in degrees))
+            raise ConfigError(
+                f"Sharding.{name}: got {given[0]!r}, expected nothing: call it without, for all ranks, or "
+                f"write {meant!r}"
+            )
+        return cls(*degrees)
 
     def resolve(self, world: int) -> Sharding:
         """The same with `WORLD` replaced, checked for a world of so many ranks."""
@@ -94,7 +106,7 @@ class LossScale:
             scale = getattr(self, name)
             if not (isinstance(scale, Real) and 1 <= float(scale) < torch.finfo(torch.float32).max):
                 raise ConfigError(
-                    f"LossScale: {name} is {scale}, expected a number from 1 up that is finite in float32: gradients "
+                    f"LossScale: {name} is {scale!r}, expected a number from 1 up that is finite in float32: gradients "
                     "are scaled up"
                 )
         if self.initial > self.largest:
@@ -102,7 +114,7 @@ class LossScale:
                 f"LossScale: initial is {self.initial}, expected no more than largest, {self.largest}: raise largest"
             )
         if not (isinstance(self.patience, Real) and float(self.patience) >= 1):
-            raise ConfigError(f"LossScale: patience is {self.patience}, expected a count of steps from 1 up")
+            raise ConfigError(f"LossScale: patience is {self.patience!r}, expected a count of steps from 1 up")
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Precision:
         for name in ("compute", "reduce", "master"):
             dtype = getattr(self, name)
             if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-                raise ConfigError(f"Precision: {name} is {dtype}, expected float64, float32, bfloat16 or float16")
+                raise ConfigError(f"Precision: {name} is {dtype!r}, expected float64, float32, bfloat16 or float16")
         if self.master.itemsize < max(4, self.compute.itemsize):
             raise ConfigError(
                 f"Precision: master is {self.master}, expected float32 or float64 and no narrower than compute, "

@@ -128,10 +128,12 @@ class Training:
         keep = self.told.checkpoint.keep
         return mics.save(path, self.model, self.optimizer, background=background, keep=keep, **extra)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from the latest checkpoint; what was saved as extra."""
+    def load(self, folder: Path) -> dict[str, Any] | None:
+        """Continue from the latest checkpoint; what was saved as extra, None if there is none yet."""
         try:
             extra = mics.load(folder, self.model, self.optimizer)
+        except mics.NoCheckpoint:
+            return None
         except (RuntimeError, ValueError) as error:  # the same on all ranks
             raise Refused(str(error)) from error
         self.use_settings()

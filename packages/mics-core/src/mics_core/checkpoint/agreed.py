@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from mics_core.checkpoint.at_disk import Task
 from mics_core.comm import World
-from mics_core.errors import ConfigError, LifecycleError
+from mics_core.errors import ConfigError, LifecycleError, NoCheckpoint
 
 T = TypeVar("T")
 
-_WRITABLE = (
-    "expected a disk with room that all ranks may write to: choose another path or make room; older checkpoints are as "
-    "they were"
-)
-_READABLE = "expected files that all ranks may read: give another path"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "cannot be written: {}, expected a disk with room: make room, or choose another path"
+_WRITABLE = "cannot be written: {}, expected a folder in which all ranks may make files: choose another path"
+_READABLE = "cannot be read: {}, expected files that all ranks may read: give another path"
 _LOOKS = 3  # at a job in the time of the timeout: as many in a row that see no progress are its end
 
 
@@ -63,8 +63,11 @@ def exchange(world: World, caller: str, job: Callable[[], T], at_disk: str = "")
                 )
     for rank, (_, problem) in zip(world.ranks, over, strict=True):
         if problem is not None:
-            here = mine == (None, problem)
-            raise problem.kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
+            here = mine == (None, problem) or problem.text.startswith("on rank ")  # as that of a save before
+            kind = problem.kind
+            if kind is NoCheckpoint and not all(other is not None and other.kind is kind for _, other in over):
+                kind = RuntimeError  # whoever begins anew for want of any would save over what some ranks see
+            raise kind(problem.text if here else f"on rank {rank}: {problem.text}") from cause
     return [result for result, _ in over]
 
 
@@ -76,15 +79,16 @@ def together(world: World, caller: str, job: Callable[[], T], at_disk: str = "")
 
 
 def _problem(caller: str, error: Exception) -> _Problem:
-    for kind in (ConfigError, LifecycleError):
+    for kind in (ConfigError, LifecycleError, NoCheckpoint):
         if isinstance(error, kind):
             return _Problem(kind, str(error))
     text = str(error).replace("\n", " ")
     if isinstance(error, OSError):
         where = error.filename or "a file of the checkpoint"
-        return _Problem(
-            RuntimeError, f"{caller}: {where}: {error.strerror}, {_WRITABLE if caller == 'save' else _READABLE}"
-        )
+        said = _READABLE
+        if caller == "save":
+            said = (_ROOM if error.errno in _FULL else _WRITABLE) + "; older checkpoints are as they were"
+        return _Problem(RuntimeError, f"{caller}: {where} {said.format(error.strerror or error)}")
     if type(error) is not RuntimeError:
         text = f"{caller}: {type(error).__name__}: {text}"
     return _Problem(RuntimeError, text)

@@ -23,17 +23,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from mics_core.checkpoint.manifest import INDEX, MANIFEST, Manifest
+from mics_core.checkpoint.manifest import MANIFEST, Manifest
 from mics_core.errors import ConfigError
 
 LATEST = "latest"
-FOREIGN = (
-    "to begin with the weights of another program's checkpoint run `python -m "
-    "torch.distributed.checkpoint.format_utils dcp_to_torch {path} all.pt`, then "
-    "mics.load_weights(torch.load('all.pt', mmap=True)['model'], model) if its model was saved as 'model'"
-)
-"""What to do with a torch.distributed.checkpoint that is not ours."""
-_OF_A_RUN = "checkpoints"  # where a run's folder has them
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -109,7 +102,7 @@ class Place:
 
     def next_number(self) -> int:
         """One more than any checkpoint here has."""
-        return 1 + max((each.number for _, each in _siblings(self.path.parent)), default=0)
+        return 1 + max((each.number for _, each in checkpoints_in(self.path.parent)), default=0)
 
     def publish(self, manifest: Manifest) -> None:
         """All files are on the disk: make them the checkpoint of this name, and the latest one."""
@@ -127,7 +120,7 @@ class Place:
         """Remove what this checkpoint replaced, and all but so many of the newest here that are of these runs."""
         if self.replaced.exists():
             self._remove(self.replaced)
-        ours = sorted((each.number, path.name) for path, each in _siblings(self.path.parent) if each.run in runs)
+        ours = sorted((each.number, path.name) for path, each in checkpoints_in(self.path.parent) if each.run in runs)
         for _, name in ours[: 0 if keep is None else max(0, len(ours) - keep)]:
             self._remove(self.path.parent / name)
 
@@ -158,35 +151,6 @@ class Place:
         return next(path for path in map(self.path.parent.joinpath, names) if not path.exists())
 
 
-def find(path: Path) -> Path:
-    """The directory of a checkpoint, given itself, a folder whose `latest` names one, that file, or a run's folder."""
-    if path.name == LATEST and path.is_file():
-        path = path.parent
-    if not (path / MANIFEST).is_file() and (path / _OF_A_RUN / LATEST).is_file():
-        path = path / _OF_A_RUN
-    pointer = path / LATEST
-    if not (path / MANIFEST).is_file() and pointer.is_file():
-        name = pointer.read_text(errors="replace").strip()
-        path = path / name
-        if not name or path.name != name:
-            raise RuntimeError(f"load: {pointer} is damaged, expected a name: give the path of a checkpoint itself")
-    replaced = Place(path).replaced if path.name and not path.name.startswith(".") else path
-    if not path.exists() and (replaced / MANIFEST).is_file():
-        return replaced  # killed between two renames
-    if not (path / MANIFEST).is_file() and (path / INDEX).is_file():
-        raise RuntimeError(
-            f"load: {path} is a torch.distributed.checkpoint without the {MANIFEST} of a complete one of mics.save, "
-            f"expected that: {FOREIGN.format(path=path)}"
-        )
-    if not (path / MANIFEST).is_file():
-        there = "is not complete" if path.is_dir() and any(path.iterdir()) else "does not exist or is empty"
-        raise RuntimeError(
-            f"load: the checkpoint {path} {there}, expected a directory with a {MANIFEST}, or one whose {LATEST} or "
-            f"{_OF_A_RUN}/{LATEST} names such: give another path"
-        )
-    return path
-
-
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file and bring it to the disk."""
     with naming(path), path.open("wb") as file:
@@ -205,7 +169,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _siblings(folder: Path) -> list[tuple[Path, Manifest]]:
+def checkpoints_in(folder: Path) -> list[tuple[Path, Manifest]]:
     """The checkpoints in a folder; what has no sound manifest is not ours to count or remove."""
     found = []
     for path in folder.glob("[!.]*/" + MANIFEST):
@@ -219,6 +183,9 @@ def _siblings(folder: Path) -> list[tuple[Path, Manifest]]:
 def _make_durably(folder: Path) -> None:
     """Make a directory and those above it, so that they are there after the power fails."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    above = missing[-1].parent if missing else folder
+    if not above.is_dir():
+        raise ConfigError(f"save: {above} is a file, expected a folder to save in: choose another path")
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         _sync_directory(path.parent)

@@ -11,6 +11,8 @@ import torch
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from mics_core.checkpoint.manifest import Damaged
+
 _OF_METADATA = (
     metadata.BytesStorageMetadata,
     metadata.ChunkStorageMetadata,
@@ -26,17 +28,13 @@ _OF_METADATA = (
 
 
 def read_index(content: bytes, path: Path) -> metadata.Metadata:
-    """The index of a checkpoint, of this path; a RuntimeError of one sentence if it is anything else."""
+    """The index of a checkpoint, of this path; Damaged, of one sentence, if it is anything else."""
     try:
         found = _Index(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RuntimeError(
-            f"load: {path} is no index of a checkpoint, {error}: load another one, and do not trust where it came from"
-        ) from error
+        raise Damaged(f"load: {path} is no index of a checkpoint and not to be trusted, {error}") from error
     if not isinstance(found, metadata.Metadata):
-        raise RuntimeError(
-            f"load: {path} holds a {type(found).__name__}, expected the index of a checkpoint: load another one"
-        )
+        raise Damaged(f"load: {path} holds a {type(found).__name__}, expected the index of a checkpoint")
     return found
 
 

@@ -36,6 +36,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     bit. With another number of ranks random numbers are left alone, and buffers become those of rank 0.
     Without an optimizer (None) only the model is loaded.
 
+    Where there is no checkpoint yet it raises mics.NoCheckpoint on every rank: begin anew. One that is damaged, or that
+    some ranks do not see, raises another error, which names the newest complete one before it.
+
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
     leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
     the model. What is read goes to where it is used: no rank needs memory for more than its own state and a few boxes.
@@ -56,13 +59,15 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
 
     together(world, "load", rest)
     stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
-    versions = exchange(world, "load", lambda: hashlib.sha256(stored.manifest.render()).digest())
+    told = exchange(world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None))
+    versions, passed = zip(*told, strict=True)
     odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
         raise ConfigError(
             f"load: ranks {odd} find another checkpoint than rank {world.ranks[0]}: give one path, on a shared disk, "
             "or load again if a save replaced it meanwhile"
         )
+    optimizer_state.check_passed("load", passed, world.ranks)
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size), "verifying its share of the files")
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored), "opening its files")

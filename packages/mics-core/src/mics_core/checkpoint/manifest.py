@@ -18,6 +18,10 @@ INDEX = ".metadata"
 """Where torch.distributed.checkpoint says what lies where."""
 
 
+class Damaged(RuntimeError):
+    """What a checkpoint is that cannot be loaded as it is; who knows its folder says which one can."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file."""
@@ -54,23 +58,23 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read and check it; a RuntimeError if it is damaged."""
+        """Read and check it; Damaged if it is."""
         return cls.parse((folder / MANIFEST).read_bytes(), folder / MANIFEST)
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> Manifest:
-        """Check what a file holds; a RuntimeError if it is damaged."""
+        """Check what a file holds; Damaged if it is."""
         try:
             body = json.loads(content)
             version = body["format"]
             files = {name: Entry(**entry) for name, entry in body["files"].items()}
             manifest = cls(body["number"], files, body["about"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RuntimeError(f"load: {path} is damaged, expected a manifest: load another checkpoint") from error
+            raise Damaged(f"load: {path} is damaged, expected a manifest") from error
         if version != FORMAT:
             raise RuntimeError(f"load: {path} has format {version}, expected {FORMAT}: use the mics that wrote it")
         if manifest.render() != content:
-            raise RuntimeError(f"load: {path} is damaged, its checksum differs: load another checkpoint")
+            raise Damaged(f"load: {path} is damaged, its checksum differs")
         return manifest
 
 

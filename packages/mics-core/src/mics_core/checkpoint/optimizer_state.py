@@ -9,7 +9,7 @@ These are the names that torch's own checkpoints of optimizers have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +99,16 @@ def digests(optimizer: Optimizer) -> dict[str, str]:
         for number, group in enumerate(optimizer.param_groups)
         for key, value in _settings(group).items()
     }
+
+
+def check_passed(caller: str, passed: Sequence[bool], ranks: Sequence[int]) -> None:
+    """Raise, on all ranks alike, unless all passed an optimizer or none did."""
+    having = [rank for rank, one in zip(ranks, passed, strict=True) if one]
+    if having and not all(passed):
+        raise ConfigError(
+            f"{caller}: ranks {having} passed an optimizer and the others none, expected one from all or from none: "
+            "pass each rank's own"
+        )
 
 
 def check(runtime: Runtime, optimizer: Optimizer, kind: str | None, groups: list[dict[str, Any]]) -> None:

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Cut, Name
-from mics_core.checkpoint.folder import find
+from mics_core.checkpoint.finding import find, or_another
 from mics_core.checkpoint.index import read_index
-from mics_core.checkpoint.manifest import INDEX, MANIFEST, Entry, Manifest, measured
+from mics_core.checkpoint.manifest import INDEX, MANIFEST, Damaged, Entry, Manifest, measured
 from mics_core.checkpoint.opened import Opened
 from mics_core.checkpoint.plain import unpacked
 
@@ -42,19 +42,18 @@ class Stored:
     def __init__(self, path: Path) -> None:
         self.path = find(path)
         self._opened = Opened(self.path)
-        with self._opened.stream(MANIFEST) as file:
-            self.manifest = Manifest.parse(file.read(), self.path / MANIFEST)
-        self._check(INDEX, lambda _: "which says where all parameters lie", checksum=True)
-        with self._opened.stream(INDEX) as file:
-            self.metadata: Metadata = read_index(file.read(), self.path / INDEX)
         self._places: dict[str, set[tuple[str, int]]] | None = None
-        for name in self.manifest.files:
-            self._check(name, self._holds, checksum=False)
-        strange = {at.relative_path for at in self.metadata.storage_data.values()}.difference(self.manifest.files)
-        if strange:
-            raise RuntimeError(
-                f"load: {self.path / INDEX} names {min(strange)}, which {MANIFEST} does not: load another checkpoint"
-            )
+        with or_another(self.path):
+            with self._opened.stream(MANIFEST) as file:
+                self.manifest = Manifest.parse(file.read(), self.path / MANIFEST)
+            self._check(INDEX, lambda _: "which says where all parameters lie", checksum=True)
+            with self._opened.stream(INDEX) as file:
+                self.metadata: Metadata = read_index(file.read(), self.path / INDEX)
+            for name in self.manifest.files:
+                self._check(name, self._holds, checksum=False)
+            strange = {at.relative_path for at in self.metadata.storage_data.values()}.difference(self.manifest.files)
+            if strange:
+                raise Damaged(f"load: {self.path / INDEX} names {min(strange)}, which {MANIFEST} does not")
         self._reader = FileSystemReader(self.path)
         self._reader.fs = _Files(self._opened)
         self._reader.set_up_storage_reader(self.metadata, True)
@@ -67,8 +66,9 @@ class Stored:
 
     def verify(self, share: int, shares: int) -> None:
         """Raise if one of this share of the files does not have the checksum that it had when written."""
-        for name in sorted(self.manifest.files)[share::shares]:
-            self._check(name, self._holds, checksum=True)
+        with or_another(self.path):
+            for name in sorted(self.manifest.files)[share::shares]:
+                self._check(name, self._holds, checksum=True)
 
     def tied(self, name: str, other: str) -> bool:
         """Whether these are two names of the same bytes."""
@@ -156,7 +156,7 @@ class Stored:
             trouble = "has another checksum than when it was written"
         else:
             return
-        raise RuntimeError(f"load: {self.path / name}, {holds(name)}, {trouble}: load another checkpoint")
+        raise Damaged(f"load: {self.path / name}, {holds(name)}, {trouble}")
 
     def _measured(self, name: str) -> Entry:
         with self._opened.stream(name) as file:

@@ -239,6 +239,7 @@ class _Told:
 def _check_alike(told: list[_Told], ranks: Sequence[int]) -> None:
     """Raise, on all ranks alike, unless all asked for the same, and where rank 0's is saved all have the same."""
     first = told[0]
+    optimizer_state.check_passed("save", [bool(theirs.settings) for theirs in told], ranks)
     for rank, theirs in zip(ranks, told, strict=True):
         if theirs.request != first.request:
             raise ConfigError(

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mics_core.checkpoint.folder import FOREIGN, path_of
+from mics_core.checkpoint.finding import FOREIGN
+from mics_core.checkpoint.folder import path_of
 from mics_core.checkpoint.manifest import INDEX as DCP_INDEX
 from mics_core.checkpoint.manifest import MANIFEST
 from mics_core.checkpoint.safetensors import Files

@@ -230,18 +230,17 @@ class Run:
     def _resume(self) -> int:
         """Go on from the last checkpoint, if that was asked for; how many steps it had taken."""
         resume = self.told.checkpoint.resume
-        there = everyone((self.checkpoints / "latest").is_file())[0]
-        if resume == "never" or (resume == "auto" and not there):
+        extra = None if resume == "never" else self.training.load(self.checkpoints)
+        if extra is None and resume != "always":
             if self.told.model.weights:
                 self.training.begin_with(self.told.model.weights)
                 self.screen.say(f"beginning with the weights of {self.told.model.weights}")
             return 0
-        if not there:
+        if extra is None:
             raise Refused(
                 f"checkpoint.resume is 'always' and {self.checkpoints} has no checkpoint, expected one: begin one with "
                 "checkpoint.resume=auto, or name the output of a run"
             )
-        extra = self.training.load(self.checkpoints)
         now, then = dict(flatten(self.told)), extra["settings"]
         for key in now:
             if key in then and now[key] != then[key] and key != "checkpoint.resume":

@@ -52,5 +52,5 @@ class Trains(Protocol):
     def save(self, path: Path, extra: dict[str, Any], *, background: bool) -> Saves:
         """Write a checkpoint."""
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from the latest one; what was saved as extra."""
+    def load(self, folder: Path) -> dict[str, Any] | None:
+        """Continue from the latest one; what was saved as extra, None if there is none yet."""
