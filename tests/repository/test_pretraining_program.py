@@ -171,6 +171,7 @@ def test_an_output_that_has_a_run_is_refused(warm: WarmRanks, whole: tuple[Path,
     done = run(warm, f"output={whole[0]}", ranks=2)
     assert done.statuses == [2, 2]
     assert re.fullmatch(r"pretrain: output .* has a run already, expected a new folder: .*\n", done.stderr)
+    assert "sharding" not in done.stdout, "told before the plan is made"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_samples(

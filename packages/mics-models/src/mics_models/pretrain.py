@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +20,8 @@ import torch.distributed as dist
 
 import mics_core as mics
 from mics_models.data import load, standard_library
-from mics_models.data.replacing import replacing
 from mics_models.hf import from_hf_lazily
-from mics_models.training import journal, plan, settings
+from mics_models.training import plan, run_folder, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
 from mics_models.training.run import Run
@@ -206,7 +204,8 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
     )
     batches = together(lambda: Batches(told, configure(told.model), corpus, *_place()))
     screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
-    folder = _prepare(told, rank)
+    run_folder.write(folder, told, rank)
+    folder = run_folder.find(told, rank)  # before the plan, which takes seconds
     run = Run(Training(told, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
@@ -214,34 +213,6 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
     if stopped is not Stop.SIGNAL:
         run.finish()
     return stopped
-
-
-def _prepare(told: Settings, rank: int) -> Path:
-    """The run's folder, which all ranks must see."""
-    folder = Path(everyone(told.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{told.model.name}")[0])
-    text = settings.to_toml(told)
-
-    def write() -> None:
-        if rank == 0:
-            if told.checkpoint.resume == "never" and (folder / journal.LOG).exists():
-                raise FileExistsError(
-                    f"output {folder} has a run already, expected a new folder: name another, or go on with "
-                    "checkpoint.resume=always"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "settings.toml") as file:
-                file.write(text.encode())
-
-    def look() -> None:
-        path = folder / "settings.toml"
-        if not path.is_file() or path.read_text() != text:
-            raise ValueError(
-                f"output {folder} is not what rank 0 sees, expected a folder on a disk that all ranks share"
-            )
-
-    together(write)
-    together(look)
-    return folder
 
 
 def _told(words: Sequence[str]) -> Settings:
