@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import mics_core as mics
 from mics_models import pretrain
 from mics_models.data.prepare import Settings, prepare
 from mics_models.training.journal import Journal
@@ -109,6 +110,19 @@ def test_a_place_that_cannot_be_used_is_told_in_a_sentence(
 
 
 def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_rank_is_one_sentence_unless_its_traceback_is_asked_for(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def step(*_: object) -> None:
+        raise mics.LifecycleError("gather of blocks.0: ranks differ")
+
+    monkeypatch.setattr(pretrain.Training, "step", step)
+    status, _, complaint = run()
+    assert (status, complaint) == (1, "pretrain: on rank 0: gather of blocks.0: ranks differ\n")
+    with pytest.raises(mics.LifecycleError):
+        run("--traceback", f"output={tmp_path / 'other'}")
+
+
     told = "-m mics_models.pretrain 'my runs/a/settings.toml' 'output=my runs/a' checkpoint.resume=always"
     assert resuming(Path("my runs/a"), 1) == f"python {told}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -29,12 +29,13 @@ from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings
 from mics_models.training.stopwatch import Stopwatch
-from mics_models.training.together import Refused, agree, everyone, together
+from mics_models.training.together import Refused, Unheard, agree, everyone, hearing, together
 from mics_models.training.trains import Saves
 
-HELP = f"""usage: python -m mics_models.pretrain [FILE.toml] [table.key=value ...]
+HELP = f"""usage: python -m mics_models.pretrain [--traceback] [FILE.toml] [table.key=value ...]
 
-Pretrain a GPT or a BERT under the runtime: on one rank, or on all that torchrun starts.
+Pretrain a GPT or a BERT under the runtime: on one rank, or on all that torchrun starts. What fails on one rank, such as
+that another is gone, is one sentence; --traceback shows where it failed, too.
 
 keys, their defaults and what they mean:
 
@@ -146,7 +147,8 @@ class Training:
                 total += self.model(**to_device(self.batches.evaluation(batch, micro_step), self.device))
         self.model.train()
         if self.world > 1:
-            dist.all_reduce(total)
+            with hearing():
+                dist.all_reduce(total)
         return total.item() / (batches * micro_steps * self.world)
 
 
@@ -203,9 +205,9 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
         {f"the number of tokens in data.folder ({side})": len(getattr(corpus, side)) for side in ("train", "held_out")}
     )
     batches = together(lambda: Batches(told, configure(told.model), corpus, *_place()))
+    folder = run_folder.find(told, rank)  # before the plan, which takes seconds
     screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
     run_folder.write(folder, told, rank)
-    folder = run_folder.find(told, rank)  # before the plan, which takes seconds
     run = Run(Training(told, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
@@ -225,7 +227,8 @@ def _told(words: Sequence[str]) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != "--traceback"]
     first = os.environ.get("RANK", "0") == "0"
     if "-h" in words or "--help" in words:
         if first:
@@ -234,6 +237,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if first and "RANK" in os.environ:
         print(f"waiting until all {os.environ['WORLD_SIZE']} ranks are there", flush=True)
     device = mics.init()
+    try:
+        return _status(words, device, first=first)
+    except (Unheard, mics.LifecycleError) as error:  # of this rank
+        if len(words) < len(given):
+            raise
+        sys.last_value = error  # of which mics tells the others, as of any that ends Python
+        print(f"pretrain: on rank {_place()[0]}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _status(words: Sequence[str], device: torch.device, *, first: bool) -> int:
+    """The exit status of a run that ends alike on all ranks."""
     try:
         stopped = pretrain(together(lambda: _told(words)), device)
     except (Refused, mics.ConfigError, FloatingPointError) as error:  # the same on every rank
