@@ -84,8 +84,9 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_saves(
     status, _, complaint = run("model.config.init_std=1e9", "checkpoint.every=1")
     assert status == 1
     assert re.fullmatch(
-        r"pretrain: the gradient of step 0 is not finite, .*, on samples 0 to 3 of seed 0, .*\n", complaint
+        r"pretrain: the gradient of step 1 is not finite, .*, on samples 0 to 3 of seed 0, .*\n", complaint
     )
+    assert "checkpoint" not in complaint, "there is none"
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -103,13 +104,12 @@ def test_a_place_that_cannot_be_used_is_told_in_a_sentence(
 ) -> None:
     status, said, complaint = run(change)
     assert status == 2
+    assert "sharding" not in said or "resume" in change, "told before the plan is made"
     assert re.search(sentence, complaint)
     assert complaint.count("\n") == 1
-    assert "sharding" not in said or "resume" in change, "told before the plan is made"
     assert "Errno" not in complaint
 
 
-def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_of_one_rank_is_one_sentence_unless_its_traceback_is_asked_for(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,6 +123,7 @@ def test_an_error_of_one_rank_is_one_sentence_unless_its_traceback_is_asked_for(
         run("--traceback", f"output={tmp_path / 'other'}")
 
 
+def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "-m mics_models.pretrain 'my runs/a/settings.toml' 'output=my runs/a' checkpoint.resume=always"
     assert resuming(Path("my runs/a"), 1) == f"python {told}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
