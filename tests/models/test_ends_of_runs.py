@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import mics_core as mics
 from mics_models import pretrain
 from mics_models.data.prepare import Settings, prepare
 from mics_models.training.journal import Journal
@@ -83,8 +84,9 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_saves(
     status, _, complaint = run("model.config.init_std=1e9", "checkpoint.every=1")
     assert status == 1
     assert re.fullmatch(
-        r"pretrain: the gradient of step 0 is not finite, .*, on samples 0 to 3 of seed 0, .*\n", complaint
+        r"pretrain: the gradient of step 1 is not finite, .*, on samples 0 to 3 of seed 0, .*\n", complaint
     )
+    assert "checkpoint" not in complaint, "there is none"
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -100,8 +102,9 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_saves(
 def test_a_place_that_cannot_be_used_is_told_in_a_sentence(
     run: Callable[..., tuple[int, str, str]], change: str, sentence: str
 ) -> None:
-    status, _, complaint = run(change)
+    status, said, complaint = run(change)
     assert status == 2
+    assert "sharding" not in said or "resume" in change, "told before the plan is made"
     assert re.search(sentence, complaint)
     assert complaint.count("\n") == 1
     assert "Errno" not in complaint
@@ -115,6 +118,19 @@ def test_a_run_that_may_begin_anew_does_not_beside_checkpoints_that_no_file_name
     status, _, complaint = run("checkpoint.resume=auto", "schedule.steps=4")
     assert status == 2
     assert re.fullmatch("pretrain: load: .* has no file latest, .*; the newest is .*/step-00000003\n", complaint)
+
+
+def test_an_error_of_one_rank_is_one_sentence_unless_its_traceback_is_asked_for(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def step(*_: object) -> None:
+        raise mics.LifecycleError("gather of blocks.0: ranks differ")
+
+    monkeypatch.setattr(pretrain.Training, "step", step)
+    status, _, complaint = run()
+    assert (status, complaint) == (1, "pretrain: on rank 0: gather of blocks.0: ranks differ\n")
+    with pytest.raises(mics.LifecycleError):
+        run("--traceback", f"output={tmp_path / 'other'}")
 
 
 def test_what_goes_on_with_a_run_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:

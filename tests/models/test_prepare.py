@@ -93,7 +93,7 @@ def test_the_end_of_each_text_is_held_out_where_no_whole_one_would_be(
     more = tmp_path / "more.txt"
     more.write_text(next(text for text in TEXTS if is_held_out(text.encode(), 4)))
     with pytest.raises(
-        ValueError, match=r"was begun with --held-out 4 \(the end of each\), got --held-out 4, expected"
+        ValueError, match="was begun with too few documents to hold whole ones out, got enough, expected the same"
     ):
         prepare([*paths, more], tmp_path / "out", settings)
 
@@ -202,8 +202,14 @@ def test_a_tokenizer_is_trained_on_its_share_of_what_is_not_held_out(
 
 
 def test_a_corpus_without_a_held_out_document_is_refused(tmp_path: Path, settings: Settings) -> None:
-    with pytest.raises(ValueError, match="has 0 documents to train on and 0 held out, expected some of each: prepare"):
-        prepare([jsonl(tmp_path / "a.jsonl", [])], tmp_path / "out", settings)
+    for texts in (["", ""], ["a"]):
+        with pytest.raises(
+            ValueError, match=r"has 0 tokens of text to train on and [01] held out, expected some of each"
+        ):
+            prepare([jsonl(tmp_path / "a.jsonl", texts)], tmp_path / f"out of {len(texts)}", settings)
+    with pytest.raises(ValueError, match=r"nothing in the inputs, such as \S*b\.jsonl, expected text: name others"):
+        prepare([jsonl(tmp_path / "b.jsonl", [])], tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_prepared_folder_is_refused(tmp_path: Path, inputs: Path, settings: Settings) -> None:

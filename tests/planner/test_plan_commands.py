@@ -84,6 +84,7 @@ def test_a_picture_that_cannot_be_written_is_told_before_anything_is_played(
         ("--model", "no_such_module:gpt()", "cannot be imported"),
         ("--model", 'mics_models:gpt("gpt-99b")', "expected one of"),
         ("--model", "math:sqrt(4)", "expected a torch.nn.Module"),
+        ("--model", "torch.nn:Linear(2, 2)", "plan it in a program, where mics.plan(..., sample=...)"),
         ("--cluster", "p9.huge:4", "p9.huge"),
         ("--cluster", "p4d.24xlarge:many", "number of nodes"),
         ("--global-batch", "65", "expected a multiple of the 16 ranks"),
@@ -99,6 +100,23 @@ def test_a_wrong_request_is_one_sentence(name: str, value: str, said: str, capsy
     err = capsys.readouterr().err
     assert err.startswith("mics plan failed: ")
     assert said in err
+    assert err.count("\n") == 1
+
+
+def test_what_a_model_says_of_its_arguments_is_the_last_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *replaced("--model", 'mics_models:gpt("7b")')]) == 1
+    assert capsys.readouterr().err.endswith("llama3-70b: choose one\n")
+
+
+def test_a_module_that_trains_when_it_is_imported_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trains_at_once.py").write_text("import mics_core\nmics_core.Sharding(2, 2, 4).resolve(1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    assert main(["plan", *replaced("--model", "trains_at_once:Model()")]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith('put its program behind `if __name__ == "__main__":`\n')
     assert err.count("\n") == 1
 
 

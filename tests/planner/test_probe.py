@@ -41,9 +41,11 @@ def test_no_thread_of_a_group_outlives_the_command(pool: Pool, tmp_path: Path) -
         assert behind < before, "the group that was there before had threads, too"
 
 
-def test_a_probe_of_one_rank_guesses_links_and_says_so(tmp_path: Path) -> None:
+def test_a_probe_of_one_rank_guesses_links_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = work.quick(tmp_path / "alone.toml")
     assert cluster.ranks == 1
+    said = capsys.readouterr().out
+    assert said.count("GB/s") == said.count("(not measured: ") == 2
     assert "guess" in cluster.sources["inter"]
     with pytest.raises(ConfigError, match=r"expected a name such as cluster\.toml"):
         work.quick(tmp_path / "cluster")

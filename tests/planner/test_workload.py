@@ -124,7 +124,7 @@ class Asking(nn.Module):
 
 
 def test_a_model_that_asks_for_values_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"trace: the model cannot run on the meta device .*\.item\(\).*sample="):
+    with pytest.raises(ConfigError, match=r"trace: the model cannot run on the meta device .*sample=.*\.item\(\)"):
         trace(Asking(), torch.zeros(1, 4), ranks=1)
 
 
@@ -139,7 +139,7 @@ class Strict(nn.Module):
 
 
 def test_a_model_that_fails_in_any_other_way_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"with a sample of shapes \[\(1, 4\)\]: AssertionError: .*: pass the sample"):
+    with pytest.raises(ConfigError, match=r"a sample of shapes \[\(1, 4\)\], expected one that .*: AssertionError: "):
         trace(Strict(), torch.zeros(1, 4), ranks=1)
 
 

@@ -171,6 +171,7 @@ def test_an_output_that_has_a_run_is_refused(warm: WarmRanks, whole: tuple[Path,
     done = run(warm, f"output={whole[0]}", ranks=2)
     assert done.statuses == [2, 2]
     assert re.fullmatch(r"pretrain: output .* has a run already, expected a new folder: .*\n", done.stderr)
+    assert "sharding" not in done.stdout, "told before the plan is made"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_samples(
@@ -182,7 +183,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its
     (said,) = re.findall(r"^pretrain: the loss of step (\d+) is not finite in micro-step (.*)$", done.stderr, re.M)
     assert re.search(r"on rank [01], samples \d+ to \d+", said[1])
     (newest,) = re.findall(r"\d+", (tmp_path / "run" / "checkpoints" / "latest").read_text())
-    assert int(newest) == int(said[0])  # so many steps were finite
+    assert int(newest) == int(said[0]) - 1  # so many steps were finite
+    assert f"go on from the last checkpoint in {tmp_path / 'run'}" in done.stderr
+
+
+def test_a_rank_that_is_killed_is_named_by_the_others_in_one_sentence(warm: WarmRanks, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    settings = ("log.every=1", "checkpoint.every=0", f"output={tmp_path / 'run'}")
+    processes = warm.start(*[[*TINY, *settings]] * 2, gate=(2, str(gate)))
+    end = time.monotonic() + 600
+    while not (tmp_path / "run" / journal.LOG).exists() or len(losses(tmp_path / "run")) < 2:
+        assert time.monotonic() < end, "the ranks hang"
+        time.sleep(0.05)
+    os.kill(processes[1], signal.SIGKILL)
+    gate.touch()
+    done = warm.wait()
+    assert done.statuses == [1, -signal.SIGKILL]
+    assert re.fullmatch(r"pretrain: on rank 0: .*nothing came from rank 1.*\n", done.stderr)
 
 
 def test_damaged_tokens_that_one_rank_finds_end_the_run_before_it_is_saved(warm: WarmRanks, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ class ConfigError(ValueError):
 
 
 class LifecycleError(RuntimeError):
-    """A request at the wrong moment: a step inside a backward, a forward before `shard`."""
+    """A request at the wrong moment: a step inside a backward, a forward before `shard`, a gather without a rank."""
 
 
 class NoCheckpoint(RuntimeError):

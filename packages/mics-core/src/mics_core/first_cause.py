@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mics_core.errors import LifecycleError
+
 T = TypeVar("T")
 
 _GRACE = 1.0  # seconds: a rank that is ending may not have told yet
@@ -119,11 +121,11 @@ def _ask(questions: SimpleQueue[Callable[[], None]]) -> None:
         questions.get()()
 
 
-def blamed(what: str, error: BaseException) -> RuntimeError:
+def blamed(what: str, error: BaseException) -> LifecycleError:
     """The error of something that needs other ranks: the first cause first, what the network said last."""
     cause = known()
     after = f" after {cause}" if cause else ""
-    return RuntimeError(f"{what} failed on rank {_rank}{after}: {error}")
+    return LifecycleError(f"{what} failed on rank {_rank}{after}: {error}")
 
 
 def _key() -> str:

@@ -80,8 +80,8 @@ class Sharding:
         for (name, degree), (above, multiple) in pairwise(chain):
             if multiple % degree:
                 raise ConfigError(
-                    f"Sharding: {name} is {degree}, which does not divide {above}, {multiple}: choose degrees with "
-                    f"params | grads | optimizer | {world}"
+                    f"Sharding: {name} is {degree}, which does not divide {above}, {multiple}: choose degrees of which "
+                    f"params divides grads, grads divides optimizer, and optimizer divides the {world} ranks"
                 )
         return Sharding(**degrees)
 

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +20,8 @@ import torch.distributed as dist
 
 import mics_core as mics
 from mics_models.data import load, standard_library
-from mics_models.data.replacing import replacing
 from mics_models.hf import from_hf_lazily
-from mics_models.training import journal, plan, settings
+from mics_models.training import plan, run_folder, settings
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
 from mics_models.training.run import Run
@@ -31,12 +29,13 @@ from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings
 from mics_models.training.stopwatch import Stopwatch
-from mics_models.training.together import Refused, agree, everyone, together
+from mics_models.training.together import Refused, Unheard, agree, everyone, hearing, together
 from mics_models.training.trains import Saves
 
-HELP = f"""usage: python -m mics_models.pretrain [FILE.toml] [table.key=value ...]
+HELP = f"""usage: python -m mics_models.pretrain [--traceback] [FILE.toml] [table.key=value ...]
 
-Pretrain a GPT or a BERT under the runtime: on one rank, or on all that torchrun starts.
+Pretrain a GPT or a BERT under the runtime: on one rank, or on all that torchrun starts. What fails on one rank, such as
+that another is gone, is one sentence; --traceback shows where it failed, too.
 
 keys, their defaults and what they mean:
 
@@ -150,7 +149,8 @@ class Training:
                 total += self.model(**to_device(self.batches.evaluation(batch, micro_step), self.device))
         self.model.train()
         if self.world > 1:
-            dist.all_reduce(total)
+            with hearing():
+                dist.all_reduce(total)
         return total.item() / (batches * micro_steps * self.world)
 
 
@@ -207,8 +207,9 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
         {f"the number of tokens in data.folder ({side})": len(getattr(corpus, side)) for side in ("train", "held_out")}
     )
     batches = together(lambda: Batches(told, configure(told.model), corpus, *_place()))
+    folder = run_folder.find(told, rank)  # before the plan, which takes seconds
     screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
-    folder = _prepare(told, rank)
+    run_folder.write(folder, told, rank)
     run = Run(Training(told, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
@@ -216,34 +217,6 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
     if stopped is not Stop.SIGNAL:
         run.finish()
     return stopped
-
-
-def _prepare(told: Settings, rank: int) -> Path:
-    """The run's folder, which all ranks must see."""
-    folder = Path(everyone(told.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{told.model.name}")[0])
-    text = settings.to_toml(told)
-
-    def write() -> None:
-        if rank == 0:
-            if told.checkpoint.resume == "never" and (folder / journal.LOG).exists():
-                raise FileExistsError(
-                    f"output {folder} has a run already, expected a new folder: name another, or go on with "
-                    "checkpoint.resume=always"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "settings.toml") as file:
-                file.write(text.encode())
-
-    def look() -> None:
-        path = folder / "settings.toml"
-        if not path.is_file() or path.read_text() != text:
-            raise ValueError(
-                f"output {folder} is not what rank 0 sees, expected a folder on a disk that all ranks share"
-            )
-
-    together(write)
-    together(look)
-    return folder
 
 
 def _told(words: Sequence[str]) -> Settings:
@@ -256,7 +229,8 @@ def _told(words: Sequence[str]) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != "--traceback"]
     first = os.environ.get("RANK", "0") == "0"
     if "-h" in words or "--help" in words:
         if first:
@@ -265,6 +239,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if first and "RANK" in os.environ:
         print(f"waiting until all {os.environ['WORLD_SIZE']} ranks are there", flush=True)
     device = mics.init()
+    try:
+        return _status(words, device, first=first)
+    except (Unheard, mics.LifecycleError) as error:  # of this rank
+        if len(words) < len(given):
+            raise
+        sys.last_value = error  # of which mics tells the others, as of any that ends Python
+        print(f"pretrain: on rank {_place()[0]}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _status(words: Sequence[str], device: torch.device, *, first: bool) -> int:
+    """The exit status of a run that ends alike on all ranks."""
     try:
         stopped = pretrain(together(lambda: _told(words)), device)
     except (Refused, mics.ConfigError, FloatingPointError) as error:  # the same on every rank

@@ -58,16 +58,22 @@ class NamedModel:
             sys.path.insert(0, here)  # as `python -m` has it
         try:
             make = getattr(import_module(self.module), self.name)
-        except Exception as error:  # of the user's module, so of any kind
+        except (ImportError, AttributeError, SyntaxError) as error:
             raise ConfigError(
                 f"--model {self} names {self.name} of {self.module}, which cannot be imported: {in_a_line(error)}: "
                 "name a function or class of a file in this folder, or of an installed module"
+            ) from error
+        except Exception as error:  # of a program of the user's, so of any kind
+            raise ConfigError(
+                f"--model {self}: {self.module} does more than define when it is imported, and fails "
+                f"({in_a_line(error)}), expected definitions alone: put its program behind `if __name__ == "
+                '"__main__":`'
             ) from error
         try:
             with torch.device("meta"):
                 model = make(*self.arguments, **dict(self.keywords))
         except Exception as error:
-            raise ConfigError(f"--model {self} failed: {in_a_line(error)}: correct its arguments") from error
+            raise ConfigError(f"--model {self} failed: {in_a_line(error)}") from error
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f"--model {self} gave a {type(model).__name__}, expected a torch.nn.Module: name what builds the model"

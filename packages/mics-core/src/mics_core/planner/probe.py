@@ -67,7 +67,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
     if per_node == 1:
         sources["intra"] = "one rank on each node: half the memory's bandwidth, and never used"
     if world.size == per_node:
-        sources["inter"] = "one node alone: as inside the node, a guess"
+        sources["inter"] = "a guess, as inside the node: torchrun on two nodes or more measures it"
     sources["efficiency"] = "a guess: set it to the share of the peak that a step of yours reached"
     transport = Transport.NCCL if device.type == "cuda" else Transport.GLOO
     cluster = Cluster(
@@ -91,9 +91,10 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
             problem = error.strerror
     _check_written(path, problem, world)
     if world.rank == 0:
+        guessed = {name: "" if sources[name] == said else f" (not measured: {sources[name]})" for name in sources}
         print(
             f"{path}: {cluster.nodes} nodes of {per_node} ranks; {intra.bandwidth / 1e9:.3g} GB/s of a rank inside a "
-            f"node, {inter.bandwidth / 1e9:.3g} GB/s of a node between nodes"
+            f"node{guessed['intra']}, {inter.bandwidth / 1e9:.3g} GB/s of a node between nodes{guessed['inter']}"
         )
     return cluster
 

@@ -112,11 +112,12 @@ def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
     if tokens is None or targets is None:
         raise ConfigError(
             f"plan: {type(model).__name__} takes {list(names)}, expected tokens (or input_ids) and targets (or "
-            "labels): pass what it is called with as mics.plan(sample=...)"
+            "labels): plan it in a program, where mics.plan(..., sample=...) takes what the model is called with"
         )
     if type(seq) is not int or not 1 <= seq <= MOST:
         raise ConfigError(
-            f"plan: seq is {seq!r}, expected the tokens of a sample, 1 to {MOST}: pass seq=..., or sample=..."
+            f"plan: seq is {seq!r}, expected the tokens of a sample, 1 to {MOST}: correct it, or in a program pass "
+            "sample=..."
         )
     row = torch.empty(1, seq, dtype=torch.int64, device="meta")
     return {tokens: row, targets: row}

@@ -132,8 +132,9 @@ def _run(one: Pass, sample: Sample) -> Pass:
     except Exception as error:  # of the user's model, so of any kind
         shapes = [tuple(tensor.shape) for tensor in trees.tensors(sample)]
         raise ConfigError(
-            f"trace: the model cannot run on the meta device with a sample of shapes {shapes}: {in_a_line(error)}: "
-            "pass the sample that it takes as mics.plan(sample=...), and let its forward not ask for values of tensors"
+            f"trace: the model cannot run on the meta device with a sample of shapes {shapes}, expected one that it "
+            "takes (in a program, mics.plan(..., sample=...)) and a forward that asks for no values of tensors: "
+            f"{in_a_line(error)}"
         ) from error
     return one
 

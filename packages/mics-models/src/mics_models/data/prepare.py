@@ -83,6 +83,8 @@ class Settings:
 def prepare(paths: Sequence[Path], out: Path, settings: Settings, say: Callable[[str], None] = print) -> Manifest:
     """Make the folder `out` of these files and folders, or go on with it, and return its manifest."""
     plan = _planned(find(paths))
+    if not _size(plan):
+        raise ValueError(f"data: there is nothing in the inputs, such as {paths[0]}, expected text: name others")
     if _on_one_side(plan, settings):
         say(f"too few documents to hold a whole one out: the last 1/{settings.held_out} of each is held out")
         settings = replace(settings, ends=True)
@@ -169,8 +171,11 @@ def _resume(
     for flag, value in _recorded(settings, given.fingerprint.hex() if given else None).items():
         if (begun := manifest.settings[flag]) != value:
             was, now = (f"no {flag}" if it is None else f"{flag} {it}" for it in (begun, value))
+            if flag == "--held-out" and str(begun).split()[0] == str(settings.held_out):  # the inputs decide the rest
+                was, now = ("enough", "too few") if settings.ends else ("too few", "enough")
+                was += " documents to hold whole ones out"
             raise ValueError(
-                f"data: {out} was begun with {was}, got {now}, expected the same: repeat it, or choose another --out"
+                f"data: {out} was begun with {was}, got {now}, expected the same: repeat that, or choose another --out"
             )
     named = {source.path for sources in plan.values() for source in sources}
     for source in (source for part in manifest.parts.values() for source in part.sources):

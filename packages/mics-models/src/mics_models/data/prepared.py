@@ -156,18 +156,18 @@ def load(folder: Path) -> Corpus:
     train, held_out = (
         Stream(tuple(open_part(folder, manifest, name, side) for name in manifest.parts)) for side in SIDES
     )
-    train_documents, held_out_documents = (manifest.total(side).documents for side in SIDES)
-    if not train_documents or not held_out_documents:
+    counts = [manifest.total(side) for side in SIDES]
+    texts = [count.tokens - count.documents for count in counts]  # each document begins with a token of its own
+    if not all(texts):
         raise ValueError(
-            f"data: {folder} has {train_documents} documents to train on and {held_out_documents} held out, expected "
-            "some of each: prepare more documents, or hold out a larger share with --held-out, in "
-            "another folder"
+            f"data: {folder} has {texts[0]} tokens of text to train on and {texts[1]} held out, expected some of each: "
+            "prepare more text, or hold out a larger share with --held-out, in another folder"
         )
     return Corpus(
         train,
         held_out,
-        train_documents,
-        held_out_documents,
+        counts[0].documents,
+        counts[1].documents,
         vocab=tokenizer.vocab,
         start=tokenizer.start,
         mask=tokenizer.mask,

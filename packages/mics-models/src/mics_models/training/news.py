@@ -9,6 +9,8 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from mics_models.training.together import hearing
+
 
 class Stop(IntEnum):
     """Why a rank wants the run to end after this step."""
@@ -61,7 +63,8 @@ class Exchange:
         if self._rows is None:
             return None
         if self._work is not None:
-            self._work.wait()
+            with hearing():
+                self._work.wait()
         if self._side is not None:
             self._side.synchronize()
         rows: list[list[float]] = self._rows.tolist()

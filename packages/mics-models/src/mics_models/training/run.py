@@ -138,19 +138,19 @@ class Run:
                 for micro_step, rank in news.bad[:8]
                 for of in [batches.samples(step, micro_step, rank)]
             ]
-            what = f"the loss of step {step} is not finite {'; '.join(places)} of seed {self.told.seed}"
+            what = f"the loss of step {step + 1} is not finite {'; '.join(places)} of seed {self.told.seed}"
         elif not math.isfinite(news.norm) and self.told.sharding.precision != "fp16":  # which skips such a step
             of = self.training.batches.train.samples(step)
             what = (
-                f"the gradient of step {step} is not finite, though the losses of all ranks are, on samples {of.start} "
-                f"to {of.stop - 1} of seed {self.told.seed}"
+                f"the gradient of step {step + 1} is not finite, though the losses of all ranks are, on samples "
+                f"{of.start} to {of.stop - 1} of seed {self.told.seed}"
             )
         else:
             return
-        raise FloatingPointError(
-            f"{what}, expected a finite one: look at these samples, or lower optimizer.lr and go on from the last "
-            f"checkpoint in {self.checkpoints}"
-        )
+        self._end_save()
+        there = (self.checkpoints / "latest").is_file()
+        back = f" and go on from the last checkpoint in {self.checkpoints}" if there else ""
+        raise FloatingPointError(f"{what}, expected a finite one: look at these samples, or lower optimizer.lr{back}")
 
     def _measure_again(self) -> None:
         self.training.measure_again()
@@ -213,13 +213,16 @@ class Run:
                 f"verify {self.told.data.folder}` does that"
             )
 
-    def _save(self, *, background: bool) -> None:
-        self._pause()
+    def _end_save(self) -> None:
         if self._saving is not None:
             try:
                 self._saving.wait()
             except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks; and now is another try
                 self.screen.say(f"the checkpoint before this one was not saved: {error}")
+
+    def _save(self, *, background: bool) -> None:
+        self._pause()
+        self._end_save()
         extra = {"step": self.done, "settings": dict(flatten(self.told)), "losses": list(self._losses)}
         try:
             self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)

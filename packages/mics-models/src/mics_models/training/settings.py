@@ -256,7 +256,10 @@ def _build(kind: type[Section], table: Mapping[str, Any], before: str) -> Sectio
     for name, value in table.items():
         key = before + name
         if name not in known:
-            raise ValueError(f"settings: {key} is unknown, {nearest(key, [before + other for other in known])}")
+            elsewhere = [there for there, _ in flatten(Settings()) if there.rpartition(".")[2] == name]
+            here = nearest(key, [before + other for other in known])
+            meant = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else here
+            raise ValueError(f"settings: {key} is unknown, {meant}")
         expected = getattr(default, name)
         if is_dataclass(expected):
             if not isinstance(value, Mapping):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,12 +17,26 @@ class Refused(Exception):
     """Something that cannot be done as asked; every rank raises the same sentence."""
 
 
+class Unheard(RuntimeError):
+    """Other ranks do not answer: one of them is gone, or its link is down."""
+
+
+@contextmanager
+def hearing() -> Iterator[None]:
+    """Unheard if this is a failure of what waits for other ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Unheard(f"hearing all ranks failed: {error}") from error
+
+
 def everyone(mine: object) -> list[Any]:
     """What each rank says here, in the order of ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [mine]
     said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
+    with hearing():
+        dist.all_gather_object(said, mine)
     return said
 
 
