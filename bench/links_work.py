@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 import mics_core as mics
 from bench.ranks import report
-from mics_core.comm import World
-from mics_core.ladder import Ladder, Route
-from mics_core.ledger import Tally
-from mics_core.topology import Rungs, Topology
+from mics_core.comm.counters import Counters
+from mics_core.comm.ladder import Ladder, Route
+from mics_core.comm.world import World
+from mics_core.spec.topology import Rungs, Topology
 from mics_kernels import accumulate
 
 REPEATS = 2  # transfers behind each other, as a step's units are
@@ -25,19 +25,19 @@ ROUNDS = 3
 def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
     """Each transfer, of a buffer of so many elements a rank, and the bytes that a rank sends in it."""
     world = World(None)
-    tally = Tally(world.device)
+    counters = Counters(world.device)
     top = world.size
     sharding = mics.Sharding(per_node, per_node, per_node)
-    ladder = Ladder(Rungs.of(sharding, Topology(top, per_node)), sharding, world, tally)
+    ladder = Ladder(Rungs.of(sharding, Topology(top, per_node)), sharding, world, counters)
     buffer = torch.zeros(elements)
     begin, end = ladder.range(elements * per_node, top, within=per_node)
     mine = buffer[begin:end]
 
     def descend() -> None:
-        ladder.descend(Route.FALL, "descend", mine, buffer, top, per_node)
+        ladder.all_gather(Route.REFRESH, "descend", mine, buffer, top, per_node)
 
     def climb() -> None:
-        accumulate(mine, ladder.climb(Route.RISE, "climb", buffer, per_node, top), overwrite=True)
+        accumulate(mine, ladder.reduce_scatter(Route.HOP2, "climb", buffer, per_node, top), overwrite=True)
 
     def sync() -> None:
         climb()
@@ -46,9 +46,9 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     actions = {"descend": descend, "climb": climb, "sync": sync}
     sent = {}
     for name, action in actions.items():
-        tally.links.clear()
+        counters.links.clear()
         action()
-        sent[name] = sum(traffic.bytes for traffic in tally.links.values())
+        sent[name] = sum(traffic.bytes for traffic in counters.links.values())
     return actions, sent
 
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bench.scenes.model import StandIn
-from mics_core.ledger import Formula, Traffic, UnitSize
-from mics_core.topology import Rungs
+from mics_core.spec.formula import Formula, Traffic, UnitSize
+from mics_core.spec.topology import Rungs
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def unit_times(
     formula: Formula, stand_in: StandIn, rate_mbit: float, per_node: int, micro_steps: int
 ) -> list[UnitTime]:
     """What the formula says of every unit, the root first, on nodes of `per_node` ranks with links of that rate."""
-    shares = {formula.rungs.name(step): leaving(formula.rungs, step, per_node) for step in _steps(formula.rungs)}
+    shares = {formula.rungs.name(level): leaving(formula.rungs, level, per_node) for level in _levels(formula.rungs)}
     seconds_per_byte = per_node * 8 / (rate_mbit * 1e6)
     root = UnitSize(0, 0)
     times = [_unit_time(replace(formula, units=(root,) * len(formula.units)), shares, micro_steps)]
@@ -87,14 +87,14 @@ def unit_times(
     ]
 
 
-def leaving(rungs: Rungs, step: int, per_node: int) -> float:
+def leaving(rungs: Rungs, level: int, per_node: int) -> float:
     """The share of what a rank sends in a step that goes to other nodes: all or nothing, unless the ladder is flat."""
-    others = [peer for peer in rungs.peers(0, step) if peer]
+    others = [peer for peer in rungs.peers(0, level) if peer]
     return sum(peer >= per_node for peer in others) / len(others)
 
 
-def _steps(rungs: Rungs) -> range:
-    return rungs.steps(1, rungs.degrees[-1])
+def _levels(rungs: Rungs) -> range:
+    return rungs.levels(1, rungs.degrees[-1])
 
 
 def _unit_time(alone: Formula, shares: Mapping[str, float], micro_steps: int) -> UnitTime:
@@ -116,6 +116,6 @@ def _unit_time(alone: Formula, shares: Mapping[str, float], micro_steps: int) ->
 
 def bytes_leaving(formula: Formula, per_node: int, micro_steps: int, *, marked: bool = True) -> float:
     """What the formula says that a node sends to others in a step."""
-    shares = {formula.rungs.name(step): leaving(formula.rungs, step, per_node) for step in _steps(formula.rungs)}
+    shares = {formula.rungs.name(level): leaving(formula.rungs, level, per_node) for level in _levels(formula.rungs)}
     traffic: Mapping[tuple[str, str], Traffic] = formula.step(micro_steps, marked=marked)
     return per_node * sum(moved.bytes * shares[rung] for (_, rung), moved in traffic.items())

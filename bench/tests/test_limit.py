@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from bench.scenes.limit import UnitTime, bytes_leaving, leaving, limit, uncovered, unit_times
 from bench.scenes.model import StandIn
-from mics_core.ledger import Formula, UnitSize
-from mics_core.sharding import Precision, Sharding
-from mics_core.topology import Rungs, Topology
+from mics_core.spec.formula import Formula, UnitSize
+from mics_core.spec.sharding import Precision, Sharding
+from mics_core.spec.topology import Rungs, Topology
 
 TWO = [UnitTime(forward=1, backward=2)] * 2
 

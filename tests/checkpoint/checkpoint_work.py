@@ -105,7 +105,7 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     """Everything that a checkpoint must bring back, whole: moments are gathered as if they were weights."""
     found = {f"weight {name}": value for name, value in whole(model).items()}
     found["buffer"] = model.seen.clone()  # type: ignore[operator,union-attr]
-    scaling = registry.runtime_of(model, "test").conductor.scaling
+    scaling = registry.runtime_of(model, "test").scaling
     if scaling is not None:
         found["scale"] = scaling.scale.clone()
     packed = optimizer.state_dict()

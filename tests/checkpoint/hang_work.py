@@ -16,10 +16,10 @@ from torch import nn
 import mics_core as mics
 from mics_core import registry
 from mics_core.checkpoint import reading, saving
-from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.manifest import Manifest
-from mics_core.comm import World
-from mics_core.phases import Phase
+from mics_core.comm.at_disk import Task
+from mics_core.comm.world import World
+from mics_core.lifecycle import Phase
 
 MANY = 5  # looks; three that see nothing are the end
 
@@ -118,10 +118,10 @@ def load(folder: Path, how: str) -> tuple[str, str]:
                     refused = str(error)
             raise
 
-    conductor = registry.runtime_of(model, "test").conductor
+    lifecycle = registry.runtime_of(model, "test").lifecycle
 
     def writes() -> bool:
-        return conductor.phase is Phase.LOADING
+        return lifecycle.phase is Phase.LOADING
 
     return said_where(1, how, reading.FileSystemReader, "read_data", job, writes), refused
 
@@ -130,13 +130,13 @@ def stay_away() -> str:
     """What ranks say to which rank 1 tells nothing."""
     mics.init(timeout=timedelta(seconds=2))  # of the group that is made now
     world = World(None)
-    world.tell(None, "test")  # while gloo connects ranks it has a timeout of its own
+    world.all_gather_object(None, "test")  # while gloo connects ranks it has a timeout of its own
     told = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 1:
         told.wait(["gave up"], timedelta(minutes=5))
         return "rank 1"
     try:
-        world.tell(None, "save")
+        world.all_gather_object(None, "save")
     except RuntimeError as error:
         told.set("gave up", "")
         return str(error)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mics_core import Sharding
 from mics_core.checkpoint.boxes import boxes
 from mics_core.checkpoint.contents import Contents, Cut, Name
-from mics_core.layout import Layout
-from mics_core.topology import Rungs, Topology
+from mics_core.spec.layout import Layout
+from mics_core.spec.topology import Rungs, Topology
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

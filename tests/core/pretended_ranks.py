@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mics_core as mics
-from mics_core.ledger import Traffic
+from mics_core.spec.formula import Traffic
 
 WORLD, PER_NODE = 64, 8
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from mics_core import first_cause
+from mics_core.comm import first_cause
 
 
 class Silent:

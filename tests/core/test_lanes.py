@@ -4,11 +4,11 @@ import threading
 
 import pytest
 
-from mics_core.lanes import HostLane, Ticket
+from mics_core.comm.lanes import HostLane, Work
 
 
-def handed_in(lane: HostLane, done: list[str], *names: str) -> list[Ticket]:
-    return [lane.submit(lambda name=name: done.append(name)) for name in names]
+def handed_in(lane: HostLane, done: list[str], *names: str) -> list[Work]:
+    return [lane.submit("a job", lambda name=name: done.append(name)) for name in names]
 
 
 def test_jobs_are_done_in_the_order_in_which_they_came() -> None:
@@ -27,8 +27,8 @@ def test_a_job_waits_for_works_of_other_lanes() -> None:
         assert open_gate.wait(600)
         done.append("first")
 
-    first = one.submit(behind_the_gate)
-    second = other.submit(lambda: done.append("second"), after=[first])
+    first = one.submit("a job", behind_the_gate)
+    second = other.submit("a job", lambda: done.append("second"), after=[first])
     assert not done
     open_gate.set()
     second.wait()
@@ -37,7 +37,7 @@ def test_a_job_waits_for_works_of_other_lanes() -> None:
 
 def test_whoever_waits_for_a_job_that_failed_hears_its_error() -> None:
     lane = HostLane("a lane")
-    failed = lane.submit(lambda: 1 // 0)
+    failed = lane.submit("a job", lambda: 1 // 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             failed.wait()
@@ -47,7 +47,7 @@ def test_nothing_is_done_behind_a_failure() -> None:
     """Ranks tell messages apart by their order, so a job that is left out would give the next one its messages."""
     lane = HostLane("a lane")
     done: list[str] = []
-    lane.submit(lambda: 1 // 0)
+    lane.submit("a job", lambda: 1 // 0)
     (later,) = handed_in(lane, done, "later")
     with pytest.raises(ZeroDivisionError):
         later.wait()
@@ -56,7 +56,7 @@ def test_nothing_is_done_behind_a_failure() -> None:
 
 def test_a_job_whose_works_failed_is_not_done() -> None:
     done: list[str] = []
-    failed = HostLane("one").submit(lambda: 1 // 0)
+    failed = HostLane("one").submit("a job", lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        HostLane("other").submit(lambda: done.append("second"), after=[failed]).wait()
+        HostLane("other").submit("a job", lambda: done.append("second"), after=[failed]).wait()
     assert not done

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mics_core.launched import make_room_for_connections
+from mics_core.comm.launched import make_room_for_connections
 
 
 @pytest.fixture

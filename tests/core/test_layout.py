@@ -5,7 +5,7 @@ from math import prod
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mics_core.layout import ALIGNED, PIECE, Layout
+from mics_core.spec.layout import ALIGNED, PIECE, Layout
 
 SHAPES = st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), max_size=8)
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from mics_core.comm.meeting import meet
 from mics_core.errors import ConfigError, LifecycleError
-from mics_core.meeting import meet
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 
-from mics_core.order import Order, Use, Way, log
+from mics_core.unit.order import Direction, Order, Use, log
 
 ROOT, A, B = range(3)
-FORWARD = [Use(unit, Way.FORWARD) for unit in (ROOT, A, B)]
-BACKWARD = [Use(unit, Way.BACKWARD) for unit in (ROOT, B, A)]
+FORWARD = [Use(unit, Direction.FORWARD) for unit in (ROOT, A, B)]
+BACKWARD = [Use(unit, Direction.BACKWARD) for unit in (ROOT, B, A)]
 PASS = FORWARD + BACKWARD
 
 
@@ -67,7 +67,7 @@ def test_a_shorter_pass_is_the_order_from_then_on() -> None:
 def test_a_longer_pass_is_another_one(caplog: pytest.LogCaptureFixture) -> None:
     order = recorded()
     with caplog.at_level(logging.INFO, "mics_core"):
-        assert [order.reach(use) for use in [*PASS, Use(A, Way.BACKWARD)]] == [True] * 6 + [False]
+        assert [order.reach(use) for use in [*PASS, Use(A, Direction.BACKWARD)]] == [True] * 6 + [False]
     assert "the backward of a came, expected the end" in caplog.text
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mics_core import ConfigError, Sharding
-from mics_core.topology import Link, Rungs, Topology
+from mics_core.spec.topology import Rungs, Scope, Topology
 
 
 @st.composite
@@ -21,33 +21,33 @@ def ladders(draw: st.DrawFn) -> Rungs:
 
 
 @given(rungs=ladders())
-def test_each_step_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) -> None:
+def test_each_level_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) -> None:
     topology = rungs.topology
-    for step in rungs.steps(1, topology.world):
+    for level in rungs.levels(1, topology.world):
         for rank in range(topology.world):
-            peers = rungs.peers(rank, step)
+            peers = rungs.peers(rank, level)
             nodes, places = zip(*(divmod(peer, topology.ranks_per_node) for peer in peers), strict=True)
-            assert len(set(nodes)) == (1 if rungs.link(step) is Link.NODE else len(peers))
+            assert len(set(nodes)) == (1 if rungs.scope(level) is Scope.INTRA else len(peers))
             assert len(set(places)) == (len(peers) if len(set(nodes)) == 1 else 1)
 
 
 @given(rungs=ladders())
 def test_peers_agree_on_who_they_are(rungs: Rungs) -> None:
-    for step in rungs.steps(1, rungs.topology.world):
+    for level in rungs.levels(1, rungs.topology.world):
         for rank in range(rungs.topology.world):
-            peers = rungs.peers(rank, step)
-            assert len(peers) == rungs.degrees[step + 1] // rungs.degrees[step]
-            assert peers[rungs.digits(rank)[step]] == rank
-            assert all(rungs.peers(peer, step) == peers for peer in peers)
+            peers = rungs.peers(rank, level)
+            assert len(peers) == rungs.degrees[level + 1] // rungs.degrees[level]
+            assert peers[rungs.digits(rank)[level]] == rank
+            assert all(rungs.peers(peer, level) == peers for peer in peers)
 
 
 @given(rungs=ladders())
-def test_going_down_a_step_the_pieces_of_peers_lie_side_by_side_in_their_order(rungs: Rungs) -> None:
-    for step in rungs.steps(1, rungs.topology.world):
-        low, high = rungs.degrees[step : step + 2]
+def test_going_down_a_level_the_pieces_of_peers_lie_side_by_side_in_their_order(rungs: Rungs) -> None:
+    for level in rungs.levels(1, rungs.topology.world):
+        low, high = rungs.degrees[level : level + 2]
         for rank in range(rungs.topology.world):
             first = rungs.piece(rank, low) * (high // low)
-            assert [rungs.piece(peer, high) for peer in rungs.peers(rank, step)] == list(
+            assert [rungs.piece(peer, high) for peer in rungs.peers(rank, level)] == list(
                 range(first, first + high // low)
             )
 
@@ -69,7 +69,7 @@ def test_the_example_of_the_docstring() -> None:
     rungs = Rungs.of(Sharding(2, 2, 4), Topology(8, 2))
     assert rungs.degrees == (1, 2, 4, 8)
     assert rungs.digits(6) == (0, 1, 1)
-    assert [rungs.name(step) for step in rungs.steps(1, 8)] == [
+    assert [rungs.name(level) for level in rungs.levels(1, 8)] == [
         "1-2 inside nodes",
         "2-4 between nodes",
         "4-8 between nodes",

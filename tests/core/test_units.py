@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mics_core import ConfigError
-from mics_core.units import UnitRule, find
+from mics_core.spec.units import UnitRule, find
 
 
 class Model(nn.Module):

@@ -107,17 +107,17 @@ def test_a_steady_step_neither_waits_for_the_device_nor_takes_new_memory(shardin
 def test_gathered_parameters_are_not_read_before_they_arrive() -> None:
     """A gather that is slow on its stream: the computation must wait for it, and the host must not."""
     with pretended_world(2, 0):
-        from mics_core.groups import DeviceGroup
+        from mics_core.comm.groups import DeviceGroup
 
         def slow(_: DeviceGroup, out: Tensor, piece: Tensor) -> None:
             torch.cuda._sleep(20_000_000)
             out.view(2, -1).copy_(piece.expand(2, -1))  # what the other rank would send: the same
 
-        original, DeviceGroup.gather = DeviceGroup.gather, slow
+        original, DeviceGroup.all_gather = DeviceGroup.all_gather, slow
         try:
             model = mics.shard(Model(), mics.Sharding.mics(2), ranks_per_node=2)
-            for station in registry.runtime_of(model, "test").conductor.stations:
-                for part in station.gathered.shards:
+            for unit in registry.runtime_of(model, "test").units:
+                for part in unit.parts:
                     part.shard.fill_(0.5)
             x = torch.ones(1, WIDTH, device="cuda")
             with torch.no_grad():
@@ -129,4 +129,4 @@ def test_gathered_parameters_are_not_read_before_they_arrive() -> None:
                 torch.testing.assert_close(first, expected(x))
             torch.testing.assert_close(first, second)
         finally:
-            DeviceGroup.gather = original
+            DeviceGroup.all_gather = original

@@ -16,7 +16,7 @@ from typing import Any
 
 from mics_core.planner import Candidate, Cluster, Link, System, Transport, Workload
 from mics_core.planner.simulator import turn
-from mics_core.sharding import Precision, Sharding
+from mics_core.spec.sharding import Precision, Sharding
 from workloads_by_hand import workload
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"

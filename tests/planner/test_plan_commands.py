@@ -1,5 +1,6 @@
 """`mics plan` and `mics simulate`: what they print, and that a wrong request is one sentence without a traceback."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_a_model_in_a_file_of_this_folder_is_found_as_python_m_finds_it(
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # as a script has it
     assert main(["plan", *replaced("--model", "one_of_mine:mine(name='byte-tiny')")]) == 0
     assert "mics.shard(model" in capsys.readouterr().out
+
+
+def test_simulate_draws_a_step_lane_by_lane(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture, trace = tmp_path / "step.png", tmp_path / "step.json"
+    more = ["--nodes", "2,4", "--picture", str(picture), "--trace", str(trace)]
+    assert main(["simulate", *TINY, *more]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"forward blocks.1", "hop 1 of blocks.1", "refresh of blocks.1"} <= names
 
 
 def test_simulate_prints_curves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,9 @@ import torch
 import mics_core as mics
 import probe_work as work
 from mics_core import Cluster, ConfigError, Sharding
-from mics_core.forecast import forecast
 from mics_core.planner import probe
-from mics_core.planner.automatic import fitting
-from mics_core.planner.candidate import shardings
-from mics_core.topology import Topology
+from mics_core.spec.formula import fitting, forecast
+from mics_core.spec.topology import Topology, shardings
 from mics_models import gpt
 from pool import Pool
 
@@ -93,8 +91,8 @@ def test_auto_takes_the_first_that_fits_of_those_that_cut_least() -> None:
 
     def needed(sharding: Sharding) -> int:
         cut = forecast(work.Model(), sharding, ranks=8, ranks_per_node=2)
-        return sum(cut.at_rest().values()) + cut.gathered() + sum(cut.working().values())
+        return cut.memory()
 
     for room in sorted({needed(sharding) for sharding in shardings(topology)}):
         first = next(sharding for sharding in shardings(topology) if needed(sharding) <= room)
-        assert fitting(formula, topology, room) == first
+        assert fitting(formula, room) == first

@@ -12,7 +12,7 @@ import pytest
 from mics_core.planner import Candidate, Cluster, Prediction, System, simulate
 from mics_core.planner.scaling import peer
 from mics_core.planner.workload import Workload
-from mics_core.sharding import Precision, Sharding
+from mics_core.spec.sharding import Precision, Sharding
 from mics_models.configs import GPTS
 from workloads_by_hand import workload
 

@@ -13,10 +13,9 @@ import workloads_by_hand
 from mics_core import Cluster, ConfigError, Precision, Sharding
 from mics_core.planner import Candidate, Workload, memory, plan, simulate, trace
 from mics_core.planner.advice import cluster_that_fits
-from mics_core.planner.candidate import shardings
 from mics_core.planner.ways import splits_nodes
 from mics_core.planner.workload import Held
-from mics_core.topology import Topology
+from mics_core.spec.topology import Topology, shardings
 from mics_models import GPT, GPTConfig, gpt
 
 BF16 = Precision.bf16()

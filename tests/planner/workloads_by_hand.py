@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mics_core.layout import Layout
-from mics_core.ledger import UnitSize
 from mics_core.planner.workload import UnitWork, Workload
+from mics_core.spec.formula import UnitSize
+from mics_core.spec.layout import Layout
 
 
 def workload(

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import first_cause, registry
-from mics_core.comm import World
+from mics_core import registry
+from mics_core.comm import first_cause
+from mics_core.comm.world import World
 from runtime_work import WIDTH, Model
 
 
@@ -97,7 +98,7 @@ def train_differently(sharding: mics.Sharding, how: str) -> None:
 
 
 def meet_in_different_calls() -> None:
-    World(None).tell(None, "save" if dist.get_rank() == 0 else "check_replicas")
+    World(None).all_gather_object(None, "save" if dist.get_rank() == 0 else "check_replicas")
 
 
 def send_messages_of_different_lengths(how: str) -> None:
@@ -106,7 +107,7 @@ def send_messages_of_different_lengths(how: str) -> None:
     group._group = Impatient(group._group)  # type: ignore[attr-defined]
     length = 4 if dist.get_rank() == 0 else 1024
     if how == "gather":
-        group.gather(torch.empty(2 * length), torch.ones(length))
+        group.all_gather(torch.empty(2 * length), torch.ones(length))
     else:
         group.exchange(torch.ones(2 * length))
 

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from mics_core.comm import World
-from mics_core.ladder import Ladder, Route, Way
-from mics_core.ledger import Tally
-from mics_core.sharding import Sharding
-from mics_core.topology import Link, Rungs, Topology
+from mics_core.comm.counters import Counters
+from mics_core.comm.ladder import Ladder, Route, Transfer
+from mics_core.comm.world import World
+from mics_core.spec.sharding import Sharding
+from mics_core.spec.topology import Rungs, Scope, Topology
 from mics_kernels import accumulate
 
 
@@ -27,11 +27,11 @@ class Case:
     def size(self) -> int:
         return self.world * self.pieces
 
-    def ladder(self, sharding: Sharding | None = None) -> tuple[Ladder, Tally]:
+    def ladder(self, sharding: Sharding | None = None) -> tuple[Ladder, Counters]:
         """Of the case's rungs, with groups for another sharding."""
-        tally = Tally(torch.device("cpu"))
+        counters = Counters(torch.device("cpu"))
         rungs = Rungs.of(self.sharding, Topology(self.world, self.per_node))
-        return Ladder(rungs, sharding or self.sharding, World(None), tally), tally
+        return Ladder(rungs, sharding or self.sharding, World(None), counters), counters
 
     def partial(self, rank: int) -> torch.Tensor:
         """What one rank contributes."""
@@ -43,7 +43,7 @@ class Case:
 
 
 EVERYWHERE = Sharding.ddp().resolve(1)
-"""With these degrees the slow routes have a group for every step."""
+"""With these degrees the slow routes have a group for every level."""
 
 
 def there_and_back(case: Case) -> dict[str, bool]:
@@ -55,7 +55,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     buffer = case.partial(rank)
     below = 1
     for degree in ladder.rungs.degrees:
-        parts = ladder.climb(Route.RISE, "up", buffer, below, degree)
+        parts = ladder.reduce_scatter(Route.HOP2, "up", buffer, below, degree)
         piece = torch.empty(size // degree, dtype=case.dtype)
         accumulate(piece, parts, overwrite=True)
         begin, end = ladder.range(size, degree)
@@ -70,7 +70,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
-        ladder.descend(Route.FALL, "down", buffer, whole, high, degree)
+        ladder.all_gather(Route.REFRESH, "down", buffer, whole, high, degree)
         result[f"descend to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
@@ -78,16 +78,18 @@ def there_and_back(case: Case) -> dict[str, bool]:
 
 def straight_down_and_up(case: Case) -> dict[str, bool]:
     """Several rungs in one call, in place."""
-    ladder, tally = case.ladder(EVERYWHERE)
+    ladder, counters = case.ladder(EVERYWHERE)
     size = case.size
     top = ladder.rungs.degrees[-1]
     buffer = case.partial(ladder.rank)
-    parts = ladder.climb(Route.RISE, "up", buffer, 1, top)
+    parts = ladder.reduce_scatter(Route.HOP2, "up", buffer, 1, top)
     begin, end = ladder.range(size, top)
     mine = buffer[begin:end]
     accumulate(mine, parts, overwrite=True)
-    ladder.descend(Route.FALL, "down", mine, buffer, top, 1)
-    sent = {action: sum(t.bytes for (name, _), t in tally.links.items() if name == action) for action in ("up", "down")}
+    ladder.all_gather(Route.REFRESH, "down", mine, buffer, top, 1)
+    sent = {
+        action: sum(t.bytes for (name, _), t in counters.links.items() if name == action) for action in ("up", "down")
+    }
     # However many rungs: each rank sends what it does not keep, and what the others do not have, once.
     least = (case.world - 1) * case.pieces * buffer.itemsize
     return {"all-reduce": torch.equal(buffer, case.total()), "fewest bytes": sent["up"] == sent["down"] == least}
@@ -112,20 +114,22 @@ def two_climbs_while_the_net_is_busy(case: Case) -> tuple[int, int, bool]:
     """Climbs of two units while another holds the lane between nodes: how many were inside nodes and how many between
     them by then, and whether both sums are right once it has gone.
     """
-    ladder, tally = case.ladder(EVERYWHERE)
-    inside, between = (("up", ladder.rungs.name(step)) for step in range(2))
+    ladder, counters = case.ladder(EVERYWHERE)
+    inside, between = (("up", ladder.rungs.name(level)) for level in range(2))
     busy = threading.Event()
-    ladder.send(Route.RISE, Link.NET, "holding", lambda: _wait_for(busy))
-    way = Way(Route.RISE, "hop 2", "up", 1, case.world)
+    ladder.submit(Route.HOP2, Scope.INTER, "holding", lambda: _wait_for(busy))
+    transfer = Transfer(Route.HOP2, "hop 2", "up", 1, case.world)
     pieces = [torch.empty(case.size // case.world, dtype=case.dtype) for _ in range(2)]
-    tickets = [ladder.send_up(way, case.partial(ladder.rank), partial(_add_up, piece)) for piece in pieces]
+    works = [
+        ladder.reduce_scatter_async(transfer, case.partial(ladder.rank), partial(_add_up, piece)) for piece in pieces
+    ]
     deadline = time.monotonic() + 300  # only ends a hang
-    while tally.links[inside].calls < 2 and time.monotonic() < deadline:
+    while counters.links[inside].calls < 2 and time.monotonic() < deadline:
         time.sleep(0.001)
-    calls = tally.links[inside].calls, tally.links[between].calls
+    calls = counters.links[inside].calls, counters.links[between].calls
     busy.set()
-    for ticket in tickets:
-        ticket.wait()
+    for work in works:
+        work.wait()
     begin, end = ladder.range(case.size, case.world)
     return *calls, all(torch.equal(piece, case.total()[begin:end]) for piece in pieces)
 

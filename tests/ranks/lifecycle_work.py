@@ -10,11 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.gather import Residence
-from mics_core.ladder import Route
-from mics_core.lanes import Ticket
-from mics_core.reduce import Gradient
-from mics_core.topology import Link
+from mics_core.comm.ladder import Route
+from mics_core.comm.lanes import Work
+from mics_core.spec.topology import Scope
+from mics_core.unit.unit import Gradient, ShardedState
 
 WIDTH = 6
 FIRST, MIDDLE, LAST = range(3)
@@ -149,22 +148,22 @@ class Walk:
 
     def _listen(self) -> None:
         ladder = self.runtime.ladder
-        send = ladder.send
+        submit = ladder.submit
 
         def listening(
-            route: Route, link: Link, what: str, job: Callable[[], None], after: Sequence[Ticket] = ()
-        ) -> Ticket:
+            route: Route, scope: Scope, what: str, job: Callable[[], None], after: Sequence[Work] = ()
+        ) -> Work:
             action, _, unit = what.partition(" of ")
-            routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}, "hop 2": {Route.RISE, Route.FALL}}
-            routes |= {rare: {Route.FALL, Route.GATHER} for rare in ("norm", "comparison", "full_params")}
-            assert route in routes.get(action, {Route.FALL}), (route, what)
+            routes = {"gather": {Route.GATHER}, "hop 1": {Route.HOP1}, "hop 2": {Route.HOP2, Route.REFRESH}}
+            routes |= {rare: {Route.REFRESH, Route.GATHER} for rare in ("norm", "comparison", "full_params")}
+            assert route in routes.get(action, {Route.REFRESH}), (route, what)
             for number, sent in enumerate(self.sent):
                 # Once, however many lanes it takes.
                 if action not in sent and (action == "full_params" or unit == f"blocks.{number}"):
                     sent.append(action)
-            return send(route, link, what, job, after)
+            return submit(route, scope, what, job, after)
 
-        ladder.send = listening  # type: ignore[method-assign]
+        ladder.submit = listening  # type: ignore[method-assign]
         for teller in (self.model, *self.model.blocks):
             teller.tell = self.told  # type: ignore[assignment]
 
@@ -183,8 +182,7 @@ class Walk:
         """A pass in which the order of units is written down; nothing is left of it."""
         self.model(batch(0, self.rank)).backward()
         self.runtime.wait()
-        for reduced in self.runtime.reducer.all:
-            reduced.forget()
+        self.runtime.reducer.reset()
 
     def micro_step(self, number: int, *due: tuple[str, int, str], kept: str | None = None) -> None:
         """A forward and its backward, with what is due in them in this order; `kept` between the two."""
@@ -202,15 +200,13 @@ class Walk:
 
     def note(self, stage: str, number: int = MIDDLE) -> None:
         assert stage not in self.seen, stage
-        station = self.runtime.conductor.stations[1 + number]
-        residence, reduced = station.gathered.residence, station.reduced
-        part = station.gathered.shards[0]
-        assert reduced is not None
-        assert (part.flat.untyped_storage().nbytes() == 0) == (residence is Residence.AWAY), stage
-        state = "dropped" if reduced.dropped() else reduced.gradient.name
+        unit = self.runtime.units[1 + number]
+        part = unit.parts[0]
+        assert (part.flat.untyped_storage().nbytes() == 0) == (unit.state is ShardedState.SHARDED), stage
+        state = "dropped" if unit.dropped() else unit.gradient.name
         lane = ", ".join(sorted(set(self.sent[number]))) or "-"
         self.sent[number].clear()
-        self.seen[stage] = Seen(self.weight(stage, number), residence.name, state, self.grad(stage, number), lane)
+        self.seen[stage] = Seen(self.weight(stage, number), unit.state.name, state, self.grad(stage, number), lane)
 
     def weight(self, stage: str, number: int) -> str:
         """What the modules of a block find, which must have the reference's values."""
@@ -239,18 +235,17 @@ class Walk:
 
     def grad(self, stage: str, number: int) -> str:
         """What `p.grad` holds, which must have the reference's values."""
-        reduced = self.runtime.conductor.stations[1 + number].reduced
-        assert reduced is not None
+        unit = self.runtime.units[1 + number]
         grads = {name: dict(self.model.named_parameters())[name].grad for name in self.names(number)}
         if all(grad is None for grad in grads.values()):
             return "none"
-        if reduced.gradient is Gradient.SHARDED:
+        if unit.gradient is Gradient.SHARDED:
             kind = "partial"
-        elif not self.runtime.reducer.settled:
+        elif not self.runtime.reducer.finished:
             kind = "arriving"
         else:
             kind = "clipped" if self.clips_in_memory and self.reference.factor < 1 else "mean"
-        reduced.latest.wait()
+        unit.reducing.wait()
         degree = self.runtime.sharding.grads
         first = self.rank // degree * degree
         for name, grad in grads.items():
@@ -268,7 +263,7 @@ class Walk:
 
     def piece(self, number: int, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor, at the optimizer's degree."""
-        layout = self.runtime.conductor.stations[1 + number].gathered.shards[0].layout
+        layout = self.runtime.units[1 + number].trained.layout
         begin, end = self.runtime.ladder.range(layout.size, self.runtime.sharding.optimizer)
         slot = next(slot for slot in layout.slots if slot.name == name)
         return whole.reshape(-1)[max(0, begin - slot.begin) : max(0, end - slot.begin)]
@@ -294,7 +289,7 @@ def walk(sharding: mics.Sharding, precision: mics.Precision) -> dict[str, Seen]:
 def marked(seen: dict[str, Seen], sharding: mics.Sharding, precision: mics.Precision) -> None:
     """A step of two micro-batches by the book, and the beginning of the next."""
     walk = Walk(seen, sharding, precision)
-    assert not walk.runtime.tally.links
+    assert not walk.runtime.counters.links
     walk.note("after `shard`")
     walk.warm_up()
     model, reference = walk.model, walk.reference

@@ -290,7 +290,7 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
     precision = mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0, patience=2))
     model = mics.shard(build(Chain), run.sharding, precision=precision)
     trained = model.optimizer(optimizer)
-    scaling = registry.runtime_of(model, "the test").conductor.scaling
+    scaling = registry.runtime_of(model, "the test").scaling
     assert scaling
     scales = []
     for step, batches in enumerate(all_batches(Chain, world)):
@@ -360,7 +360,7 @@ def two_optimizers_overflow() -> list[float]:
     model = mics.shard(build(Chain), mics.Sharding(2, 2, 2), precision=precision)
     parameters = list(model.parameters())
     optimizers = [mics.AdamW(parameters[:4]), torch.optim.SGD(parameters[4:], lr=0.1)]
-    scaling = registry.runtime_of(model, "the test").conductor.scaling
+    scaling = registry.runtime_of(model, "the test").scaling
     assert scaling
     scales = []
     for factor in (torch.inf, 1.0):

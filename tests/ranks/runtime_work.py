@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.ladder import Ladder
-from mics_core.lanes import Ticket
-from mics_core.ledger import Traffic
+from mics_core.comm.ladder import Ladder
+from mics_core.comm.lanes import Work
+from mics_core.spec.formula import Traffic
 
 WIDTH, BLOCKS = 32, 4
 
@@ -50,16 +50,16 @@ class Meetings:
     @contextmanager
     def arranged(self) -> Iterator[None]:
         """Inside, transfers take part."""
-        send = Ladder.send
+        submit = Ladder.submit
 
-        def send_met(
+        def submit_met(
             ladder: Ladder,
             route: Any,
-            link: Any,
+            scope: Any,
             what: str,
             job: Callable[[], None],
-            after: Sequence[Ticket] = (),
-        ) -> Ticket:
+            after: Sequence[Work] = (),
+        ) -> Work:
             transfer = what, self._sent.get(what, 0)
             self._sent[what] = transfer[1] + 1
 
@@ -69,13 +69,13 @@ class Meetings:
                 job()
                 self._over[transfer].set()
 
-            return send(ladder, route, link, what, met if transfer in self._begun else job, after)
+            return submit(ladder, route, scope, what, met if transfer in self._begun else job, after)
 
-        Ladder.send = send_met  # type: ignore[method-assign,assignment]
+        Ladder.submit = submit_met  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
-            Ladder.send = send  # type: ignore[method-assign]
+            Ladder.submit = submit  # type: ignore[method-assign]
 
     def met(self) -> list[tuple[str, int]]:
         """The transfers that took part."""
@@ -212,9 +212,8 @@ def gathered(sharding: mics.Sharding, prefetch_bytes: int | None) -> tuple[int, 
     """The most bytes of whole units, the bytes of each, and the budget for what is gathered ahead."""
     model = mics.shard(Model(), sharding, ranks_per_node=2, prefetch_bytes=prefetch_bytes)
     steps(model, mics.AdamW(model.parameters()), 3, 2, marked=True)
-    conductor = registry.runtime_of(model, "test").conductor
-    units = [station.gathered.bytes for station in conductor.stations]
-    return conductor.gatherer.peak, units, conductor.gatherer.budget
+    runtime = registry.runtime_of(model, "test")
+    return runtime.gatherer.peak, [unit.nbytes for unit in runtime.units], runtime.gatherer.budget
 
 
 def meet(sharding: mics.Sharding, pairs: Pairs) -> list[tuple[str, int]]:

@@ -128,7 +128,7 @@ def test_ranks_that_meet_in_different_calls(pool: Pool) -> None:
 @pytest.mark.parametrize("how", ["gather", "exchange"])
 def test_messages_of_different_lengths_end_no_process(pool: Pool, how: str) -> None:
     for rank, error in enumerate(pool.errors(2, work.send_messages_of_different_lengths, how)):
-        assert f"nothing came from rank {1 - rank} on rung test" in str(error)
+        assert f"nothing came from rank {1 - rank} on level test" in str(error)
 
 
 @pytest.mark.parametrize("what", ["accumulate", "clip", "full_params"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import ladder_work as work
 from depth import draws
 from ladder_work import Case
-from mics_core.sharding import Sharding
+from mics_core.spec.sharding import Sharding
 from pool import Pool
 
 

@@ -34,7 +34,7 @@ def under(sharding: Sharding, world: int, stage: str, row: Seen) -> Seen:
     p, g, o = sharding.params, sharding.grads, sharding.optimizer
     unit = row.unit
     if p == 1:
-        unit = "COMING" if o > 1 and stage in REFRESHING else "HERE"
+        unit = "UNSHARDING" if o > 1 and stage in REFRESHING else "UNSHARDED"
     missing = {"gather": p == 1, "hop 1": g == 1, "hop 2": g == world, "refresh": o == p}
     lane = ", ".join(job for job in row.lane.split(", ") if not missing.get(job, False)) or "-"
     return Seen(row.weight, unit, row.gradient, row.grad, lane)

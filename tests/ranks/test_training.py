@@ -123,3 +123,8 @@ def test_what_users_wrote_into_parameters_is_used_and_no_difference_between_repl
 
 def test_nothing_is_gathered_while_the_optimizer_writes_though_a_loop_was_left_early(pool: Pool) -> None:
     assert pool.run(2, work.under_way_after_a_loop_was_left) == [[], []]
+
+
+def test_a_load_replaces_what_was_gathered_ahead_though_a_loop_was_left_early(pool: Pool) -> None:
+    for after, fresh in pool.run(2, work.loads_after_a_loop_was_left):
+        assert after == fresh

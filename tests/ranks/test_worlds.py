@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import mics_core as mics
-from mics_core import comm
-from mics_core.comm import World
+from mics_core.comm import world as comm
+from mics_core.comm.world import World
 from pool import Pool
 from runtime_work import WIDTH, Model
 
@@ -78,8 +78,8 @@ def ask_twice_at_once(size: int) -> list[list[int]]:
         return []
     world = World(group)
     rank = dist.get_rank()
-    first = world.ask([rank, size - rank, 7 * (rank == size // 2)], "one")
-    second = world.ask([(1 + rank) * (place == rank) for place in range(size)], "another")
+    first = world.max_async([rank, size - rank, 7 * (rank == size // 2)], "one")
+    second = world.max_async([(1 + rank) * (place == rank) for place in range(size)], "another")
     return [second.read(), first.read()]
 
 

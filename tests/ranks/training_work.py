@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
-from mics_core import comm, lanes, registry
-from mics_core.gather import Residence
+from mics_core import registry
+from mics_core.comm import lanes
+from mics_core.comm import world as comm
+from mics_core.unit.unit import ShardedState
 
 STEPS = 5
 WIDTH = 8
@@ -242,16 +244,16 @@ LATE = 0.004  # seconds, far more than the computation between two jobs
 @contextmanager
 def late(word: str) -> Iterator[set[str]]:
     """Let every job begin late on lanes whose names hold this word; the names of those that were late."""
-    run = lanes._Item.run
+    run = lanes._HostWork.run
 
-    def run_late(item: lanes._Item, failure: BaseException | None) -> BaseException | None:
+    def run_late(work: lanes._HostWork, failure: BaseException | None) -> BaseException | None:
         if word in current_thread().name:
             delayed.add(current_thread().name)
             time.sleep(LATE)
-        return run(item, failure)
+        return run(work, failure)
 
     delayed: set[str] = set()
-    with patch.object(lanes._Item, "run", run_late):
+    with patch.object(lanes._HostWork, "run", run_late):
         yield delayed
 
 
@@ -299,12 +301,12 @@ def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, byt
     mics.check_replicas(model)
     runtime = registry.runtime_of(model, "test")
     held = []
-    for station in runtime.conductor.stations:
-        (part,) = station.gathered.shards
+    for unit in runtime.units:
+        (part,) = unit.parts
         states = (("shard", part.shard, sharding.params), ("master", part.master, sharding.optimizer))
         for state, tensor, degree in states:
             piece = runtime.ladder.rungs.piece(dist.get_rank(), degree)
-            held.append((piece, f"{state} of {station.gathered.unit}", bytes(tensor.view(torch.uint8).tolist())))
+            held.append((piece, f"{state} of {unit.name}", bytes(tensor.view(torch.uint8).tolist())))
     return held
 
 
@@ -325,7 +327,7 @@ def corrupt(sharding: mics.Sharding, state: str, culprit: int) -> None:
     model = mics.shard(Mlp(), sharding, ranks_per_node=2, precision=mics.Precision.bf16())
     mics.check_replicas(model)
     if dist.get_rank() == culprit:
-        (part,) = registry.runtime_of(model, "test").conductor.stations[2].gathered.shards
+        (part,) = registry.runtime_of(model, "test").units[2].parts
         getattr(part, state).view(torch.uint8)[5] ^= 1
     mics.check_replicas(model)
 
@@ -352,8 +354,8 @@ def clamped() -> bool:
     return torch.equal(found, loss(model, 0, 0, 0))
 
 
-def under_way_after_a_loop_was_left() -> list[str]:
-    """The units that are whole, or on their way, once a clip has prepared the step."""
+def left_early() -> nn.Module:
+    """A model with units that were gathered ahead of micro-steps that did not come."""
     model = mics.shard(Mlp(), mics.Sharding(2, 2, 2), ranks_per_node=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):  # in the second one the order is known, and units are gathered ahead
@@ -361,9 +363,25 @@ def under_way_after_a_loop_was_left() -> list[str]:
             loss(model, step, number, dist.get_rank()).backward()
             if step and number == 1:
                 break
-        mics.clip_grad_norm_(model, 1.0)
         if not step:
+            mics.clip_grad_norm_(model, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    stations = registry.runtime_of(model, "test").conductor.stations
-    return [each.gathered.unit for each in stations if each.gathered.residence is not Residence.AWAY]
+    return model
+
+
+def loads_after_a_loop_was_left() -> list[float]:
+    """The loss with weights that are loaded then, and in a model that does nothing before."""
+    losses = []
+    for model in (left_early(), mics.shard(Mlp(), mics.Sharding(2, 2, 2), ranks_per_node=2)):
+        mics.load_weights({name: torch.full_like(tensor, 0.01) for name, tensor in Mlp().state_dict().items()}, model)
+        losses.append(loss(model, 0, 0, 0).item())
+    return losses
+
+
+def under_way_after_a_loop_was_left() -> list[str]:
+    """The units that are whole, or on their way, once a clip has prepared the step."""
+    model = left_early()
+    mics.clip_grad_norm_(model, 1.0)
+    units = registry.runtime_of(model, "test").units
+    return [unit.name for unit in units if unit.state is not ShardedState.SHARDED]

@@ -1,4 +1,4 @@
-"""The conductor: hooks around every unit decide when it is gathered and released, and when its gradient leaves.
+"""Hooks around every unit decide when it is whole, and when its gradient leaves.
 
     REST -> FORWARD -> REST -> BACKWARD -> REST -> OPEN (in full_params) -> REST
 
@@ -13,56 +13,66 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 
 from mics_core import trees
-from mics_core.autograd import task, whole
 from mics_core.errors import LifecycleError
-from mics_core.gather import Gathered, Gatherer
-from mics_core.micro_batches import Count
-from mics_core.order import Order, Use, Way
-from mics_core.phases import MicroStep, Phase
-from mics_core.reduce import Gradient, Reducer
-from mics_core.scaling import Scaling
-from mics_core.station import Station
+from mics_core.step.loss_scaling import LossScaling
+from mics_core.step.micro_batches import Count, MicroStep
+from mics_core.unit.autograd import task, whole
+from mics_core.unit.gather import Gatherer
+from mics_core.unit.order import Direction, Order, Use
+from mics_core.unit.reduce import Reducer
+from mics_core.unit.unit import Gradient, Unit
+from mics_core.unit.watch import watch_inputs, watch_outputs
 
 
-class Conductor:
+class Phase(Enum):
+    """What the model is doing."""
+
+    REST = "rest"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPEN = "full_params"
+    LOADING = "load"
+
+
+class Lifecycle:
     """Owns the phase of a model, and what its units do in it."""
 
     def __init__(
         self,
-        stations: Sequence[Station],
+        units: Sequence[Unit],
         gatherer: Gatherer,
         reducer: Reducer,
         compute: torch.dtype,
-        scaling: Scaling | None,
+        scaling: LossScaling | None,
         device: torch.device,
     ) -> None:
-        self.stations = stations
-        self.gatherer = gatherer
-        self.reducer = reducer
+        self.units = units
         self.phase = Phase.REST
         self.micro_step = MicroStep.UNMARKED
-        self.scaling = scaling
+        self._gatherer = gatherer
+        self._reducer = reducer
+        self._scaling = scaling
         self._compute = compute
-        names = [station.gathered.unit for station in stations]
+        names = [unit.name for unit in units]
         self._orders = {differentiated: Order(names) for differentiated in (True, False)}
         self._order = self._orders[True]
         self._count: Count | None = None
-        self._entered: list[Station] = []  # by forwards, recomputed ones too, from the outside in
-        self._open = 0  # forwards under way
+        self._entered: list[Unit] = []  # by forwards, recomputed ones too, from the outside in
+        self._depth = 0  # forwards under way
         self._passes = 0  # backwards so far
-        self._taken: list[tuple[Station, int]] = []  # by this backward and not left yet, with autograd's task
-        self._unannounced = False  # whether a backward recomputes units without any of their outputs having told of it
+        self._taken: list[tuple[Unit, int]] = []  # by this backward and not left yet, with autograd's task
+        self._finished: list[Unit] = []  # units of `_taken` whose gradients have arrived
+        self._unannounced = False  # whether a unit was recomputed before its output's hook ran (reentrant checkpoint)
         self._received = False  # whether this backward brought a gradient
-        self._finished: list[Station] = []  # those of them whose gradients are there
         # On the device: a backward joins the streams of its leaves at its end, and this is the only leaf.
         self._anchor = torch.empty(0, requires_grad=True, device=device)
-        for station in stations:
-            station.finish = self._finisher(station)
 
     def mark(self, micro_step: MicroStep, count: Count | None) -> None:
         """`accumulate` says which micro-step comes, and has asked the other ranks whether theirs is the last, too."""
@@ -70,118 +80,112 @@ class Conductor:
         self._count = count
         self._unannounced = False
 
-    def busy(self) -> bool:
-        """Whether a forward or backward is under way."""
+    def rest(self, caller: str) -> None:
+        """Raise unless no forward or backward is under way."""
         if self.phase is Phase.BACKWARD and not self._recomputing():
             self._give_up_backward()  # it raised, or its last callback would have run
-        return self.phase is not Phase.REST
-
-    def open(self) -> None:
-        """Until `close`, modules own whole parameters, and nothing is gathered for them."""
-        for station in self.stations:
-            self.gatherer.release(station.gathered)
-        self.phase = Phase.OPEN
-
-    def close(self) -> None:
-        """Modules own slices again."""
-        self.phase = Phase.REST
+        if self.phase is not Phase.REST:
+            raise LifecycleError(
+                f"{caller}: called inside the model's {self.phase.value}, expected after it: gradients and parameters "
+                "are still in use"
+            )
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Until the end the model's memory is overwritten, perhaps by a thread that nobody waits for any more."""
-        self.phase = Phase.LOADING
+    def within(self, phase: Phase) -> Iterator[None]:
+        """OPEN: modules own whole parameters, and nothing is gathered for them. LOADING: the model's memory is
+        overwritten, perhaps by a thread that nobody waits for any more.
+        """
+        self.phase = phase
         try:
             yield
         finally:
             self.phase = Phase.REST
 
+    def free(self) -> None:
+        """Nothing that was gathered ahead will be used."""
+        for unit in self.units:
+            self._gatherer.free(unit)
+
     def bring_what_users_wrote(self) -> None:
         """Parameters may be written between steps, on all ranks alike: by load_state_dict, or to clamp them."""
-        for station in self.stations:
-            self._bring(station)
-
-    def drop_fetched(self) -> None:
-        """Nothing that was gathered ahead will be used."""
-        for station in self.stations:
-            self.gatherer.release(station.gathered)
+        for unit in self.units:
+            self._bring(unit)
 
     # ---- forward
 
-    def before_forward(self, station: Station, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Gather the unit and put its whole parameters in place; return changed inputs, if they are to change."""
+    def before_forward(self, unit: Unit, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Gather the unit and let its modules see whole parameters; return changed inputs, if they are to change."""
         if self.phase is Phase.OPEN:
             return None  # the modules own whole parameters
         again = self._recomputing()
         self._unannounced |= again and self.phase is Phase.REST
         differentiated = torch.is_grad_enabled()
         if not again:
-            self._enter(station, differentiated)
-        self._entered.append(station)
-        self.gatherer.take(station.gathered)
+            self._enter(unit, differentiated)
+        self._entered.append(unit)
+        self._gatherer.unshard(unit)
         if not again:
-            self._fetch()
-        self.gatherer.arrive(station.gathered)
+            self._prefetch()
+        self._gatherer.wait_unshard(unit)
         if differentiated:
-            station.check_frozen()
-        for part, places in station.places:
-            if part.trained and differentiated:
-                places.set(whole(self._anchor, part.views, station.finish))
-            else:
-                places.set(part.views)
+            unit.check_frozen()
+        views: list[torch.Tensor] = []
+        for part in unit.parts:
+            watched = part.trained and differentiated
+            views += whole(self._anchor, part.views, partial(self._finish, unit)) if watched else part.views
+        unit.views.show(views)
         inputs = None
-        if station.number == 0 and self.scaling is not None:
-            inputs = args, kwargs = self.scaling.shrink((args, kwargs))
-        if station.number == 0 and self._compute != torch.float32:
+        if unit.number == 0 and self._scaling is not None:
+            inputs = args, kwargs = self._scaling.shrink((args, kwargs))
+        if unit.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
-        if station.reduced is None and differentiated and station.places:
-            station.watch_inputs(inputs or (args, kwargs))
+        if differentiated and unit.parts and not unit.trains:
+            watch_inputs(inputs or (args, kwargs), partial(self._finish, unit, ()))
         return inputs
 
-    def after_forward(self, station: Station, outputs: Any) -> Any:
+    def after_forward(self, unit: Unit, outputs: Any) -> Any:
         """Release the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
         # A hook of the user's may have raised before ours ran: then there is nothing to leave.
-        if self.phase is Phase.OPEN or not self._entered or self._entered[-1] is not station:
+        if self.phase is Phase.OPEN or not self._entered or self._entered[-1] is not unit:
             return None
         self._entered.pop()
         again = self._recomputing()
         try:
-            return self._watch(station, outputs)
+            return self._watch(unit, outputs)
         finally:
-            self.gatherer.leave(station.gathered, keep=not again and self._is_next(station))
+            self._gatherer.reshard(unit, keep=not again and self._is_next(unit))
             if not again:
-                self._open -= 1
-                if not self._open:
+                self._depth -= 1
+                if not self._depth:
                     self._end_forward(raised=outputs is None and sys.exception() is not None)
 
-    def _watch(self, station: Station, outputs: Any) -> Any:
-        begin = self._beginner(station)  # which keeps the views that are in place now
-        station.clear()
+    def _watch(self, unit: Unit, outputs: Any) -> Any:
+        begin = self._beginner(unit)  # which keeps the views that are in place now
+        unit.show_slices()
         changed = None
-        if station.number == 0 and self.scaling is not None and outputs is not None:
-            outputs = changed = self.scaling.enlarge(outputs)
+        if unit.number == 0 and self._scaling is not None and outputs is not None:
+            outputs = changed = self._scaling.enlarge(outputs)
         raised = outputs is None and sys.exception() is not None
         if torch.is_grad_enabled() and not raised:
-            station.watch_outputs(outputs, begin)
+            watch_outputs(unit, outputs, begin)
         return changed
 
-    def _enter(self, station: Station, differentiated: bool) -> None:
-        if not self._open:
+    def _enter(self, unit: Unit, differentiated: bool) -> None:
+        if not self._depth:
             self._begin_forward(differentiated)
-        self._open += 1
-        self._bring(station)
-        if differentiated and station.reduced is not None:
-            station.awaited += 1
-        if not self._order.reach(Use(station.number, Way.FORWARD)):
-            self.drop_fetched()
+        self._depth += 1
+        self._bring(unit)
+        if differentiated and unit.trains:
+            unit.awaited += 1
+        if not self._order.reach(Use(unit.number, Direction.FORWARD)):
+            self.free()
 
-    def _bring(self, station: Station) -> None:
-        written = [part for part, _ in station.places if part.trained and part.written()]
-        if written:  # a gather or the optimizer's refresh may still read or write what is rounded into now
-            self.gatherer.release(station.gathered)
-            station.gathered.refreshed.wait()
-            for part in written:
-                part.refresh()
-            self.gatherer.refresh(station.gathered)
+    def _bring(self, unit: Unit) -> None:
+        if unit.trained.written:
+            self._gatherer.free(unit)
+            unit.refreshing.wait()  # a gather or the last refresh may still read or write what is rounded into now
+            unit.trained.round_master()
+            self._gatherer.refresh(unit)
 
     def _to_compute(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._compute) if tensor.is_floating_point() else tensor
@@ -205,36 +209,34 @@ class Conductor:
         self.phase = Phase.REST
         if self._order is self._orders[False]:
             self._order.end()
-            self.drop_fetched()
-            self.gatherer.compare_order(wait=not raised)  # no step follows that would
+            self.free()
+            self._gatherer.compare_order(wait=not raised)  # no step follows that would
 
     # ---- backward
 
-    def before_backward(self, station: Station, views: list[Sequence[torch.Tensor]]) -> None:
+    def before_backward(self, unit: Unit, views: Sequence[torch.Tensor]) -> None:
         """Gather the unit again, for what its backward reads and what a checkpoint in it recomputes."""
         if self.phase is not Phase.BACKWARD:
-            if not self._passes:  # a loop sets hooks up before it begins
-                for each in self.stations:
-                    each.check_hooks()
-            self._check_micro_batches()
-            self.phase = Phase.BACKWARD
-            self._order = self._orders[True]
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            self._begin_backward()
         self._let_finished_leave()
-        if not self._order.reach(Use(station.number, Way.BACKWARD)):
-            self.drop_fetched()
-        self.gatherer.take(station.gathered)
-        self._taken.append((station, task()))
-        self._fetch()
-        self.gatherer.arrive(station.gathered)
-        for (_, places), present in zip(station.places, views, strict=True):
-            places.set(present)
+        if not self._order.reach(Use(unit.number, Direction.BACKWARD)):
+            self.free()
+        self._gatherer.unshard(unit)
+        self._taken.append((unit, task()))
+        self._prefetch()
+        self._gatherer.wait_unshard(unit)
+        unit.views.show(views)
 
-    def _check_micro_batches(self) -> None:
-        """The answers had the whole forward to arrive."""
+    def _begin_backward(self) -> None:
+        if not self._passes:  # a loop sets hooks up before it begins
+            for unit in self.units:
+                unit.check_hooks()
         if self._count is not None:
             count, self._count = self._count, None
-            count.check()
+            count.check()  # the answers had the whole forward to arrive
+        self.phase = Phase.BACKWARD
+        self._order = self._orders[True]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _is_last(self) -> bool:
         """Whether no gradients come after those of this backward."""
@@ -242,108 +244,103 @@ class Conductor:
         # knows how many follow, so gradients wait for the clip or step.
         return self.micro_step is MicroStep.LAST and not self._unannounced
 
-    def _finisher(self, station: Station) -> Callable[..., None]:
-        reduced = station.reduced
-
-        def finish(grads: Sequence[torch.Tensor | None]) -> None:
-            if not station.gathered.users:
-                raise LifecycleError(
-                    f"{station.gathered.unit}: its backward ran without beginning at what its forward returned: return "
-                    "every tensor that a loss is made of, rather than keeping it in an attribute"
-                )
-            # A checkpoint inside the unit may run its part of the backward as a task of its own, and others follow.
-            if (station, task()) in self._taken:
-                station.clear()
-                # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's
-                # backward begins with them; so the memory stays until then.
-                self._finished.append(station)
-                station.awaited -= 1
-            if reduced is not None:
-                if self.scaling is not None:
-                    self.scaling.check_entered()
-                self._received = True
-                self.reducer.take(reduced, grads)
-                if self._is_last() and station.awaited == 0:
-                    self.reducer.sync(reduced)
-
-        return finish
+    def _finish(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
+        """The gradients of a unit's parameters are there, or of its inputs, where none is trained."""
+        if not unit.users:
+            raise LifecycleError(
+                f"{unit.name}: its backward ran without beginning at what its forward returned: return every tensor "
+                "that a loss is made of, rather than keeping it in an attribute"
+            )
+        # A checkpoint inside the unit may run its part of the backward as a task of its own, and others follow.
+        if (unit, task()) in self._taken:
+            unit.show_slices()
+            # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's
+            # backward begins with them; so the memory stays until then.
+            self._finished.append(unit)
+            unit.awaited -= 1
+        if unit.trains:
+            if self._scaling is not None:
+                self._scaling.check_entered()
+            self._received = True
+            self._reducer.hop1(unit, grads)
+            if self._is_last() and unit.awaited == 0:
+                self._reducer.hop2(unit)
 
     def _end_backward(self) -> None:
         self._order.end()
         self._let_finished_leave()
-        for station, _ in self._taken:  # reached, but no gradient came for its parameters
-            station.clear()
-            self.gatherer.leave(station.gathered, keep=False)
-        self._taken.clear()
+        for unit, _ in self._taken:  # reached, but no gradient came for its parameters
+            unit.show_slices()
+            self._gatherer.reshard(unit, keep=False)
         if self.micro_step is MicroStep.MORE_FOLLOW:
-            self._fetch()
+            self._prefetch()
         else:
-            self.drop_fetched()
+            self.free()
         last = self._is_last() and self._received
-        for station in self.stations:
-            station.awaited = 0
-            if last and station.reduced is not None and station.reduced.gradient is Gradient.SHARDED:
-                self.reducer.sync(station.reduced)
+        for unit in self._reducer.units if last else ():
+            if unit.gradient is Gradient.SHARDED:
+                self._reducer.hop2(unit)
         if last:
-            self.reducer.ask()
-        self._received = False
-        if self.scaling is not None:
-            self.scaling.entered = False
-        self._passes += 1
-        self.phase = Phase.REST
+            self._reducer.ask()
+        self._rest_after_backward()
 
     def _give_up_backward(self) -> None:
         """A backward raised, and its caller went on: leave what it had taken."""
-        self._finished.clear()
-        for station, _ in self._taken:
-            self.gatherer.leave(station.gathered, keep=False)
-        self._taken.clear()
-        for station in self.stations:
-            station.awaited = 0
-            for _, places in station.places:
-                places.reset()
-        self._received = False
+        for unit, _ in self._taken:
+            self._gatherer.reshard(unit, keep=False)
+        for unit in self.units:
+            unit.views.reset()
         self._order.restart()
+        self._rest_after_backward()
+
+    def _rest_after_backward(self) -> None:
+        self._taken.clear()
+        self._finished.clear()
+        for unit in self.units:
+            unit.awaited = 0
+        self._received = False
+        if self._scaling is not None:
+            self._scaling.entered = False
         self._passes += 1
         self.phase = Phase.REST
 
     def _let_finished_leave(self) -> None:
-        for station in self._finished:
-            taken = next((entry for entry in self._taken if entry[0] is station), None)
+        for unit in self._finished:
+            taken = next((entry for entry in self._taken if entry[0] is unit), None)
             if taken is not None:
                 self._taken.remove(taken)
-                keep = self.micro_step is MicroStep.MORE_FOLLOW and self._is_next(station)
-                self.gatherer.leave(station.gathered, keep=keep)
+                keep = self.micro_step is MicroStep.MORE_FOLLOW and self._is_next(unit)
+                self._gatherer.reshard(unit, keep=keep)
         self._finished.clear()
 
-    # ---- what is known in advance
-
-    def _upcoming(self) -> Iterator[Gathered]:
-        again = self.micro_step is MicroStep.MORE_FOLLOW
-        return (self.stations[use.unit].gathered for use in self._order.upcoming(again=again))
-
-    def _fetch(self) -> None:
-        if self.gatherer.travels:
-            self.gatherer.fetch(self._upcoming())
-
-    def _is_next(self, station: Station) -> bool:
-        """Whether this unit is the next one to be used, apart from those in use now."""
-        for gathered in self._upcoming():
-            if gathered is station.gathered:
-                return True
-            if not gathered.users:
-                return False
-        return False
-
-    def _beginner(self, station: Station) -> Callable[[torch.Tensor], None]:
+    def _beginner(self, unit: Unit) -> Callable[[torch.Tensor], None]:
         """The hook of a forward's outputs: the first of them in a backward gathers the unit."""
-        whole = [places.whole for _, places in station.places]
+        views = unit.views.shown
         seen = -1  # the number of the last backward that came by; one graph may be used by several
 
         def hook(_: torch.Tensor) -> None:
             nonlocal seen
             if seen != self._passes:
                 seen = self._passes
-                self.before_backward(station, whole)
+                self.before_backward(unit, views)
 
         return hook
+
+    # ---- what is known in advance
+
+    def _upcoming(self) -> Iterator[Unit]:
+        again = self.micro_step is MicroStep.MORE_FOLLOW
+        return (self.units[use.unit] for use in self._order.upcoming(again=again))
+
+    def _prefetch(self) -> None:
+        if self._gatherer.travels:
+            self._gatherer.prefetch(self._upcoming())
+
+    def _is_next(self, unit: Unit) -> bool:
+        """Whether this unit is the next one to be used, apart from those in use now."""
+        for each in self._upcoming():
+            if each is unit:
+                return True
+            if not each.users:
+                return False
+        return False

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from mics_core.runtime import Runtime
+from mics_core.registry import Runtime
 
 _ALIGNED = 64
 _held: WeakKeyDictionary[Runtime, torch.Tensor] = WeakKeyDictionary()

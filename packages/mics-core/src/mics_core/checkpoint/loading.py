@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
-from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.contents import Cut, Name, own_name
 from mics_core.checkpoint.folder import path_of
 from mics_core.checkpoint.optimizer_state import Wanted
@@ -21,8 +20,10 @@ from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
 from mics_core.checkpoint.runs import go_on_with
 from mics_core.checkpoint.saving import EXTRA, wait_for_saves
+from mics_core.comm.agreed import on_all_ranks, together
 from mics_core.errors import ConfigError
-from mics_core.runtime import Runtime
+from mics_core.lifecycle import Phase
+from mics_core.registry import Runtime
 
 
 def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, verify: bool = True) -> dict[str, Any]:
@@ -50,16 +51,18 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     takes the classes that this is given: save it again then.
     """
     runtime = registry.runtime_of(model, "load")
-    world = runtime.world.beside("checkpoint")
+    world = runtime.world.with_own_group("checkpoint")
 
     def rest() -> None:
-        runtime.rest("load")
+        runtime.lifecycle.rest("load")
         wait_for_saves()
         runtime.wait()
 
     together(world, "load", rest)
     stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
-    told = exchange(world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None))
+    told = on_all_ranks(
+        world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None)
+    )
     versions, passed = zip(*told, strict=True)
     odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
@@ -107,19 +110,19 @@ class _Job:
 
     def read(self) -> None:
         """Overwrite the masters, the buffers and the optimizer's state."""
-        with self._runtime.conductor.loading():
+        with self._runtime.lifecycle.within(Phase.LOADING):
             self._fill()
             for name, value in self._own["buffers"].items():
                 self._buffers[name].copy_(value)
 
     def finish(self) -> None:
         """Bring the weights to where they are used, and let everything go on from there."""
-        self._runtime.loaded()
+        model_state.use_loaded(self._runtime)
         if self._optimizer is not None:
             numbers = set(self._stored.manifest.about["python_numbers"])
             self._optimizer.load_state_dict(self._wanted.state_dict(self._settings, numbers))
-        if self._runtime.conductor.scaling is not None and self._scale is not None:
-            self._runtime.conductor.scaling.restore(self._scale)
+        if self._runtime.scaling is not None and self._scale is not None:
+            self._runtime.scaling.restore(self._scale)
         restore(self._own["random"], self._runtime.world.device)
         go_on_with(self._runtime, self._stored.manifest.runs)
 

@@ -12,14 +12,14 @@ from torch import nn
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.errors import ConfigError
 from mics_core.fingerprint import fingerprint
-from mics_core.runtime import Runtime
+from mics_core.registry import Runtime
 
 
 def weights(runtime: Runtime) -> dict[str, Cut]:
     """Every parameter, by its name: the masters of trained ones, and frozen ones, which have no other."""
     cuts = {}
-    for station in runtime.conductor.stations:
-        for shards in station.gathered.shards:
+    for unit in runtime.units:
+        for shards in unit.parts:
             shards.check_in_place()
             degree = runtime.sharding.optimizer if shards.trained else runtime.sharding.params
             at = runtime.ladder.range(shards.layout.size, degree)[0]
@@ -33,6 +33,16 @@ def weights(runtime: Runtime) -> dict[str, Cut]:
                     first=max(0, at - slot.begin),
                 )
     return cuts
+
+
+@torch.no_grad()
+def use_loaded(runtime: Runtime) -> None:
+    """All masters were overwritten: bring the weights to where gathers start, and drop the gradients."""
+    runtime.reducer.reset()
+    for unit in runtime.units:
+        for part in unit.parts:
+            part.round_master()
+        runtime.gatherer.refresh(unit)
 
 
 def aliases(model: nn.Module) -> dict[str, Name]:

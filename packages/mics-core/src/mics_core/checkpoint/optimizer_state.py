@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.checkpoint.plain import digest
 from mics_core.errors import ConfigError
-from mics_core.optimizer import AdamW
-from mics_core.runtime import Runtime
+from mics_core.optim.adamw import AdamW
+from mics_core.registry import Runtime
 
 GROUPS = Name(("optimizer", "param_groups"))
 _STATE = "optimizer.state."
@@ -43,8 +43,8 @@ def names(runtime: Runtime, optimizer: Optimizer) -> list[str]:
         raise ConfigError(f"the optimizer is {optimizer!r}, expected a torch optimizer, or None")
     known = {
         id(parameter): slot.name
-        for station in runtime.conductor.stations
-        for shards in station.gathered.shards
+        for unit in runtime.units
+        for shards in unit.parts
         for slot, parameter in zip(shards.layout.slots, shards.parameters, strict=True)
     }
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

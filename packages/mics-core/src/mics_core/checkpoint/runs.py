@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from mics_core.runtime import Runtime
+from mics_core.registry import Runtime
 
 _runs: WeakKeyDictionary[Runtime, tuple[str, ...]] = WeakKeyDictionary()
 

@@ -17,8 +17,6 @@ from torch.optim import Optimizer
 
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
-from mics_core.checkpoint.agreed import exchange, together
-from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place, path_of
 from mics_core.checkpoint.host_memory import copies
@@ -27,10 +25,12 @@ from mics_core.checkpoint.plain import digest, packed
 from mics_core.checkpoint.random_numbers import random_state
 from mics_core.checkpoint.runs import runs_of
 from mics_core.checkpoint.writing import Written, write, write_index
-from mics_core.comm import World
+from mics_core.comm.agreed import on_all_ranks, together
+from mics_core.comm.at_disk import Task
+from mics_core.comm.world import World
 from mics_core.errors import ConfigError, LifecycleError
-from mics_core.runtime import Runtime
-from mics_core.topology import Rungs
+from mics_core.registry import Runtime
+from mics_core.spec.topology import Rungs
 
 EXTRA = Name(("extra",))
 
@@ -119,11 +119,11 @@ def save(
     dcp_to_torch DIRECTORY FILE` makes one file for torch.load of it, with the model's state dict under "model".
     """
     runtime = registry.runtime_of(model, "save")
-    world, rungs = runtime.world.beside("checkpoint"), runtime.ladder.rungs
+    world, rungs = runtime.world.with_own_group("checkpoint"), runtime.ladder.rungs
     contents: list[Contents] = []
 
     def collect() -> _Told:
-        runtime.rest("save")
+        runtime.lifecycle.rest("save")
         wait_for_saves()
         runtime.wait()
         place = Place(path_of(path, "save").absolute())
@@ -139,7 +139,7 @@ def save(
         digests = {name: digest(value) for name, value in extra.items() if value is not None}
         return _Told((str(place.path), keep, background), hashed, settings, digests)
 
-    told = exchange(world, "save", collect)
+    told = on_all_ranks(world, "save", collect)
     _check_alike(told, world.ranks)
     own = {"random": random_state(runtime.world.device), "buffers": {}}
     if len({each.buffers for each in told}) > 1:
@@ -174,7 +174,7 @@ class _Job:
     def run(self, world: World) -> None:
         """Write, and publish when all ranks have."""
         with self._left_if_it_fails(world, begun=True):
-            written = exchange(world, "save", self._write, "writing its part")
+            written = on_all_ranks(world, "save", self._write, "writing its part")
             together(world, "save", partial(self._publish, written), "publishing the checkpoint")
             together(world, "save", self._tidy, "removing what is old")
 
@@ -284,7 +284,7 @@ def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, ex
 
 
 def _about(runtime: Runtime, optimizer: Optimizer | None, contents: Contents, extra: list[str]) -> dict[str, Any]:
-    precision, scaling = runtime.precision, runtime.conductor.scaling
+    precision, scaling = runtime.precision, runtime.scaling
     return {
         "ranks": runtime.world.size,
         "ranks_per_node": runtime.ladder.rungs.topology.ranks_per_node,

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from mics_core import registry
 from mics_core.checkpoint import model_state
-from mics_core.checkpoint.agreed import exchange, together
 from mics_core.checkpoint.safetensors import Files
 from mics_core.checkpoint.saving import wait_for_saves
 from mics_core.checkpoint.weight_files import open_weights
+from mics_core.comm.agreed import on_all_ranks, together
 from mics_core.errors import ConfigError
-from mics_core.runtime import Runtime
+from mics_core.lifecycle import Phase
+from mics_core.registry import Runtime
 
 
 def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) -> None:
@@ -43,16 +44,16 @@ def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) ->
     no checksums: a file that is as long as it says is taken for whole.
     """
     runtime = registry.runtime_of(model, "load_weights")
-    world = runtime.world.beside("checkpoint")
+    world = runtime.world.with_own_group("checkpoint")
 
     def rest() -> None:
-        runtime.rest("load_weights")
+        runtime.lifecycle.rest("load_weights")
         wait_for_saves()  # one that is under way talks to the same ranks
         runtime.wait()
 
     together(world, "load_weights", rest)
     given = together(world, "load_weights", lambda: _Given.of(source), "opening the weights")
-    digests = exchange(world, "load_weights", given.digest)
+    digests = on_all_ranks(world, "load_weights", given.digest)
     odd = [rank for rank, digest in zip(world.ranks, digests, strict=True) if digest != digests[0]]
     if odd:
         raise ConfigError(
@@ -60,7 +61,7 @@ def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) ->
         )
     job = together(world, "load_weights", lambda: _Job(runtime, model, given), "looking at the weights")
     together(world, "load_weights", job.read, "reading its part")
-    together(world, "load_weights", runtime.loaded)
+    together(world, "load_weights", lambda: model_state.use_loaded(runtime))
 
 
 @runtime_checkable
@@ -127,7 +128,7 @@ class _Job:
     @torch.no_grad()
     def read(self) -> None:
         """Overwrite what this rank holds."""
-        with self._runtime.conductor.loading():
+        with self._runtime.lifecycle.within(Phase.LOADING):
             for target in self._targets:
                 _fill(target, self._given.tensors[self._names(target)[0]])  # which is gone before the next is made
 

@@ -10,7 +10,7 @@ from mics_core.planner.columns import degrees
 from mics_core.planner.memory import memory
 from mics_core.planner.ways import Row
 from mics_core.planner.workload import Workload
-from mics_core.sharding import Precision, Sharding
+from mics_core.spec.sharding import Precision, Sharding
 
 MOST_NODES = 65536
 """Clusters up to this many nodes are looked at for one that would be large enough."""

@@ -10,7 +10,7 @@ import torch
 from mics_core.errors import ConfigError
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster
-from mics_core.sharding import Precision
+from mics_core.spec.sharding import Precision
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import UnitWork

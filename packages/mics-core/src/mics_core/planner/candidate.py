@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from mics_core.errors import ConfigError
-from mics_core.sharding import Precision, Sharding
-from mics_core.topology import Topology
+from mics_core.spec.sharding import Precision, Sharding
 
 
 @dataclass(frozen=True)
@@ -45,19 +43,3 @@ class System(Enum):
     HSDP = "HSDP"  # FSDP2 in groups of ranks; their shards are summed behind the last backward
     FSDP2 = "FSDP2"  # cut over all ranks
     ZERO3 = "ZeRO-3"  # DeepSpeed's, cut over all ranks
-
-
-def shardings(topology: Topology) -> Iterator[Sharding]:
-    """All chains of degrees that share a node evenly or fill whole nodes, those that cut least first.
-
-    Of two that cut parameters alike the optimizer's state is cut first: it adds nothing to what micro-steps send.
-    """
-    node, world = min(topology.ranks_per_node, topology.world), topology.world
-    inside = [degree for degree in range(1, node + 1) if node % degree == 0]
-    across = [degree for degree in range(2 * node, world + 1, node) if world % degree == 0]
-    degrees = [*inside, *across]
-    for p in degrees:
-        for g in degrees:
-            for o in degrees:
-                if g % p == 0 and o % g == 0:
-                    yield Sharding(p, g, o)

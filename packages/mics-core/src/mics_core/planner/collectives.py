@@ -13,7 +13,6 @@ from itertools import pairwise
 from math import ceil, log2
 
 from mics_core.planner.cluster import Cluster, Link, Table, Transport
-from mics_core.topology import Rungs
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,11 @@ class Collectives:
         ranks = self.cluster.ranks // degree
         return Ring(ranks, min(ranks, max(1, self._per_node // degree)))
 
-    def step(self, collective: str, rungs: Rungs, step: int, piece: float) -> Move:
-        """One step of a ladder, down ("gather") or up ("reduce"): each rank sends `piece` bytes to each other one.
+    def send(self, collective: str, peers: Sequence[int], piece: float) -> Move:
+        """A "gather" or "reduce" of rank 0 and its peers, in which each rank sends `piece` bytes to each other one.
 
-        Where the ladder was told of smaller nodes than there are, the step may lie inside and between nodes at once.
+        Where the ladder was told of smaller nodes than there are, they may be inside and between nodes at once.
         """
-        peers = rungs.peers(0, step)
         away = sum(peer >= self._per_node for peer in peers)
         count = (len(peers) - 1) * piece
         link = self.cluster.inter if away else self.cluster.intra

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from textwrap import fill
 
-from mics_core.sharding import Sharding
+from mics_core.spec.sharding import Sharding
 
 WIDTH = 80
 """Columns of a terminal whose width is unknown."""

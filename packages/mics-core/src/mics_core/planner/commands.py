@@ -13,7 +13,7 @@ from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.columns import WIDTH, aligned, digits
 from mics_core.planner.named_model import NamedModel
-from mics_core.sharding import Precision
+from mics_core.spec.sharding import Precision
 
 if TYPE_CHECKING:
     from mics_core.planner.plan_table import Plan
@@ -63,6 +63,8 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     kind.add_argument("--weak", action="store_true", help="the batch grows with the nodes; the default")
     kind.add_argument("--strong", action="store_true", help="the batch stays")
     simulate.add_argument("--out", type=Path, help="a picture of the curves, such as curves.png")
+    simulate.add_argument("--picture", type=Path, help="of a step on the fewest nodes, lane by lane, such as step.png")
+    simulate.add_argument("--trace", type=Path, help="the same step for ui.perfetto.dev, such as step.json")
     cluster = commands.add_parser("cluster", help="list the clusters known by name, or print one as a TOML file")
     cluster.add_argument("name", nargs="?", metavar="NAME:NODES", help="such as DGX-H100; > cluster.toml keeps it")
     probe = commands.add_parser("probe", help="measure this cluster, under torchrun, and write it down for `mics plan`")
@@ -73,13 +75,13 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(given: argparse.Namespace) -> None:
     """Do what one of these commands was told, and print what it found."""
     if given.command == "probe":
-        from mics_core import comm
+        from mics_core.comm import world
         from mics_core.planner.probe import probe
 
         try:
             probe(given.out, quick=given.quick)
         finally:
-            comm.leave()
+            world.leave()
     elif given.command == "simulate":
         _simulate(given)
     elif given.command == "cluster":
@@ -89,11 +91,12 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _simulate(given: argparse.Namespace) -> None:
-    from mics_core.planner import curve_picture, scaling
+    from mics_core.planner import curve_picture, scaling, timeline
 
     nodes = counts(given.nodes)
-    if given.out is not None:
-        _check_picture(given.out)  # before minutes of work
+    for option, suffix in (("out", ".png"), ("picture", ".png"), ("trace", ".json")):
+        if getattr(given, option) is not None:
+            _check_out(option, getattr(given, option), suffix)  # before minutes of work
     plan = _plan(given, Cluster.parse(given.cluster).with_nodes(nodes[0]))
     kind = scaling.Scaling.STRONG if given.strong else scaling.Scaling.WEAK
     points = scaling.curves(plan.workload, plan.cluster, plan.chosen, nodes, kind)
@@ -107,6 +110,10 @@ def _simulate(given: argparse.Namespace) -> None:
     if given.out is not None:
         curve_picture.draw(points, given.out, title)
         print(given.out)
+    for path, write in ((given.picture, timeline.draw), (given.trace, timeline.write_trace)):
+        if path is not None:
+            write(plan.best[0].prediction, path)
+            print(path)
 
 
 def _listed() -> str:
@@ -124,12 +131,12 @@ def _listed() -> str:
     return f"{aligned(rows, (0,))}\n\n{fill(said, _width())}\n"
 
 
-def _check_picture(path: Path) -> None:
-    if path.suffix != ".png" or path.is_dir():
-        raise ConfigError(f"--out is {str(path)!r}, expected a file whose name ends in .png: name one")
+def _check_out(option: str, path: Path, suffix: str) -> None:
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"--{option} is {str(path)!r}, expected a file whose name ends in {suffix}: name one")
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"--out is {path}, which cannot be written: name a file in a folder of yours")
+        raise ConfigError(f"--{option} is {path}, which cannot be written: name a file in a folder of yours")
 
 
 def _width() -> int:

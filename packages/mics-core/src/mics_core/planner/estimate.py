@@ -7,14 +7,18 @@ refresh must end; the micro-steps from there to the last backward; and that back
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from mics_core.comm.ladder import ROUTES, track
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System
-from mics_core.planner.cluster import Cluster
-from mics_core.planner.collectives import Collectives
-from mics_core.planner.transfers import Stages, Transfers
+from mics_core.planner.cluster import Cluster, Transport
+from mics_core.planner.collectives import Collectives, Move
+from mics_core.planner.memory import formula_of
+from mics_core.spec.formula import Formula
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
@@ -39,9 +43,9 @@ class _Phase:
         self._links: dict[str, float] = defaultdict(float)
         self._lanes: dict[str, float] = defaultdict(float)  # with latencies
 
-    def send(self, stages: Stages, times: int) -> None:
-        for lane, moves in stages:
-            for move in moves:
+    def send(self, moves: Mapping[str, Sequence[Move]], times: int) -> None:
+        for lane, each in moves.items():
+            for move in each:
                 self._lanes[lane] += times * (move.busy + move.latency)
                 if move.link is not None:
                     self._links[move.link] += times * move.busy
@@ -63,8 +67,31 @@ class _Phase:
         return self.least() + _UNCOVERED * (sum(works) - max(works))
 
 
-def _seconds(stages: Stages) -> float:
-    return sum(move.busy + move.latency for _, moves in stages for move in moves)
+class _Transfers:
+    """What one candidate moves for units, by lane; of units of one size it is worked out once."""
+
+    def __init__(self, collectives: Collectives, formula: Formula) -> None:
+        self._collectives = collectives
+        self._formula = formula
+        self._sums_itself = collectives.cluster.transport is Transport.GLOO  # else the collective does
+        self.of = lru_cache(None)(self._of)
+
+    def _of(self, action: str, size: int) -> dict[str, list[Move]]:
+        found: dict[str, list[Move]] = defaultdict(list)
+        rungs, levels = self._formula.rungs, self._formula.sends(action, size)
+        collective = "reduce" if action.startswith("hop") else "gather"
+        for level, piece in levels:
+            peers, scope = rungs.peers(0, level), rungs.scope(level)
+            moves = found[f"{track(rungs, ROUTES[action], scope)}, {scope.value}"]
+            moves.append(self._collectives.send(collective, peers, piece))
+            if collective == "reduce" and (self._sums_itself or level == levels[-1][0]):
+                parts = len(peers) if self._sums_itself else 1
+                moves.append(Move(None, self._collectives.memory((parts + 1) * piece)))
+        return dict(found)
+
+    def seconds(self, action: str, size: int) -> float:
+        """From the beginning of a transfer to its end, if nothing is in its way."""
+        return sum(move.busy + move.latency for moves in self.of(action, size).values() for move in moves)
 
 
 class Estimates:
@@ -72,6 +99,7 @@ class Estimates:
 
     def __init__(self, workload: Workload, cluster: Cluster) -> None:
         self._collectives = Collectives(cluster)
+        self._workload = workload
         self._root, units = workload.root, workload.units
         self._units = Counter(replace(unit, name="") for unit in units)
         # A unit that is used again at once is kept: the last one between the passes, the first one between micro-steps.
@@ -81,31 +109,31 @@ class Estimates:
 
     def of(self, candidate: Candidate) -> Estimate:
         """What the schedule of mics takes in the steady state."""
-        transfers = Transfers(self._collectives, candidate)
+        transfers = _Transfers(self._collectives, formula_of(self._workload, candidate, self._collectives.cluster))
         first, between, last, gathers = _Phase(), _Phase(), _Phase(), _Phase()
         arithmetic = Arithmetic(self._collectives.cluster, candidate, System.MICS)
         again, optimizer = candidate.micro_steps - 1, candidate.sharding.optimizer
         for unit, times in ((self._root, 1), *self._units.items()):
             trained = unit.size.trained
-            hop1 = transfers.hop1(trained, first=True)
+            hop1 = transfers.of("hop 1", trained)
             work = arithmetic.unit(unit, root=unit is self._root)
             backward = work.backward + work.host + arithmetic.pack(trained, travels=bool(hop1), first=True)
             update = arithmetic.norm(trained // optimizer) + arithmetic.update(trained // optimizer)
             first.compute += times * (update + work.forward + work.host)
             between.compute += times * again * (backward + work.forward + work.host)
             last.compute += times * backward
-            first.send(transfers.refresh(trained), times)
+            first.send(transfers.of("refresh", trained), times)
             between.send(hop1, times * again)
-            for stages in (hop1, transfers.convert(trained), transfers.rise(trained), transfers.fall(trained)):
-                last.send(stages, times)
+            for action in ("hop 1", "hop 2", "sync"):
+                last.send(transfers.of(action, trained), times)
         parts = ((first, self._forward, 1), (between, self._again, again), (gathers, self._backward, 1))
         for phase, sizes, times in parts:
             for size, count in sizes.items():
-                both = [transfers.gather(elements) for elements in (size.trained, size.frozen)]
-                for stages in both:
-                    phase.send(stages, times * count)
+                for elements in (size.trained, size.frozen):
+                    phase.send(transfers.of("gather", elements), times * count)
                 if not candidate.prefetch_units:  # computation stands still until the longer one is there
-                    phase.compute += times * count * max(map(_seconds, both))
+                    longer = max(size.trained, size.frozen)
+                    phase.compute += times * count * transfers.seconds("gather", longer)
         # Gathers of the last backward may begin before it, so that the least of it is without them.
         least = first.least() + between.compute + last.least()
         whole = first + between + last + gathers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mics_core.ledger import Formula
 from mics_core.planner.candidate import Candidate
 from mics_core.planner.cluster import Cluster, Transport
 from mics_core.planner.workload import Workload
-from mics_core.topology import Rungs, Topology
+from mics_core.spec.formula import Formula
+from mics_core.spec.topology import Rungs, Topology
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def memory(workload: Workload, candidate: Candidate, cluster: Cluster) -> Memory
         working.pop("received")  # it sums on the way
     return Memory(
         sum(formula.at_rest().values()),
-        gathered(workload, candidate),
+        formula.gathered(candidate.prefetch_units),
         sum(working.values()),
         workload.live(candidate.micro_batch, recompute=candidate.recompute),
     )
@@ -53,13 +53,3 @@ def formula_of(workload: Workload, candidate: Candidate, cluster: Cluster) -> Fo
     rungs = Rungs.of(candidate.sharding, Topology(cluster.ranks, candidate.ranks_per_node or cluster.ranks_per_node))
     sizes = tuple(unit.size for unit in workload.units)
     return Formula(candidate.sharding, candidate.precision, rungs, workload.root.size, sizes)
-
-
-def gathered(workload: Workload, candidate: Candidate) -> int:
-    """Bytes of whole units that a rank holds at most, with a budget of some of the largest one."""
-    if candidate.sharding.params == 1:
-        return 0
-    itemsize = candidate.precision.compute.itemsize
-    root, *units = ((each.size.trained + each.size.frozen) * itemsize for each in (workload.root, *workload.units))
-    largest = max(units, default=0)
-    return min(root + sum(units), root + largest + candidate.prefetch_units * max(root, largest))

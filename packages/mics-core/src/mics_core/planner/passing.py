@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mics_core import trees
 from mics_core.planner.live import FusedAttention, Live
-from mics_core.units import Unit
+from mics_core.spec.units import UnitSpec
 
 _PLAIN = (bool, int, float, str, tuple, FunctionType, BuiltinFunctionType)
 """Of attributes that tell one unit from another."""
@@ -35,7 +35,7 @@ class Pass:
     """A forward and backward of a model on the meta device, whose units' gradients go as soon as all are there."""
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], described: Sequence[object], *, recompute: bool
+        self, model: nn.Module, units: Sequence[UnitSpec], described: Sequence[object], *, recompute: bool
     ) -> None:
         self._model = model
         self._units = units
@@ -199,7 +199,7 @@ class _StandIn(torch.autograd.Function):
         return (None, None, None, None, *grads)
 
 
-def _drop_gradients(unit: Unit) -> list[Any]:
+def _drop_gradients(unit: UnitSpec) -> list[Any]:
     """Let a unit's gradients go when the last of them is there, as they do once they are packed."""
     parameters = [member.parameter for member in unit.trained]
     missing = len(parameters)
@@ -214,7 +214,7 @@ def _drop_gradients(unit: Unit) -> list[Any]:
     return [p.register_post_accumulate_grad_hook(hook) for p in parameters]  # type: ignore[no-untyped-call]
 
 
-def describe(unit: Unit) -> object:
+def describe(unit: UnitSpec) -> object:
     """What units must share to be alike: parameters, and the classes and plain settings of all modules inside."""
     members = [(tuple(m.parameter.shape), m.parameter.requires_grad) for m in (*unit.trained, *unit.frozen)]
     own = unit.name.rpartition(".")[2]

@@ -15,7 +15,7 @@ from mics_core.planner.memory import Memory
 from mics_core.planner.simulator import Prediction
 from mics_core.planner.ways import AS_FAST, Loser, Row, summed_up
 from mics_core.planner.workload import Workload
-from mics_core.sharding import Precision, Sharding
+from mics_core.spec.sharding import Precision, Sharding
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 import torch
 
+from mics_core.comm.world import rank_memory
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster, Link, Transport
 
@@ -136,11 +137,9 @@ def this_machine() -> Cluster:
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     share = 1.0 if gpus else min(1.0, cores / ranks)  # what is measured is one core, or one GPU
     if gpus:
-        whole = torch.cuda.get_device_properties(device).total_memory
         names, transport = ["bfloat16", "float16", "float32"], Transport.NCCL
         intra, inter = Link(50e9, 10e-6), Link(10e9, 30e-6)
     else:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
         names, transport = ["bfloat16", "float32"], Transport.GLOO
         intra, inter = Link(0.5e9 * share, 0.5e-3), Link(0.1e9, 1e-3)
     guess = "a guess: `mics probe` under torchrun measures links"
@@ -148,14 +147,14 @@ def this_machine() -> Cluster:
         name=THIS,
         nodes=1,
         ranks_per_node=ranks,
-        memory=int(0.9 * whole),
+        memory=rank_memory(device, ranks),
         flops={name: share * _product_rate(device, getattr(torch, name)) for name in names},
         memory_bandwidth=share * _copy_rate(device),
         intra=intra,
         inter=inter,
         efficiency=0.8,
         sources={
-            "memory": "looked up, of which a tenth is left to others",
+            "memory": "looked up, less what torch and others take",
             "flops": "one matrix product, measured",
             "memory_bandwidth": "one copy, measured",
             "intra": guess,

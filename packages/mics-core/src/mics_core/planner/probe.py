@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from mics_core import comm
+from mics_core.comm.groups import Group
+from mics_core.comm.world import World, init, node_name, rank_memory, ranks_per_node
 from mics_core.errors import ConfigError
-from mics_core.groups import Group
 from mics_core.planner.cluster import Cluster, Link, Table, Transport
 from mics_core.planner.progress import Progress
 
@@ -44,11 +44,11 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
     """
     if path.suffix != ".toml":
         raise ConfigError(f"probe: the file is {path}, expected a name such as cluster.toml: plans tell it by its end")
-    device = comm.init()
-    world = comm.World(None)
+    device = init()
+    world = World(None)
     writable = not path.is_dir() and os.access(path if path.exists() else path.absolute().parent, os.W_OK)
     _check_written(path, None if writable else "no such folder, or no permission", world)  # before minutes of work
-    per_node = min(comm.ranks_per_node(world.tell(comm.node_name(), "probe"), whole_world=True), world.size)
+    per_node = min(ranks_per_node(world.all_gather_object(node_name(), "probe"), whole_world=True), world.size)
     effort = _QUICK if quick else _WHOLE if device.type == "cuda" else _WHOLE_CPU
     groups = [*_inside(per_node), *_between(world.size // per_node)]
     with Progress(3 * len(groups) * len(effort.sizes) + 3, speaks=world.rank == 0) as progress:
@@ -61,7 +61,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
             intra.bandwidth,
             per_node,
         )
-    memory = min(world.tell(_memory(device, per_node), "probe"))
+    memory = min(world.all_gather_object(rank_memory(device, per_node), "probe"))
     said = f"measured by mics probe{' --quick' if quick else ''} on {world.size} ranks"
     sources = dict.fromkeys(("memory", "flops", "memory_bandwidth", "intra", "inter"), said)
     if per_node == 1:
@@ -99,16 +99,16 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
     return cluster
 
 
-def _check_written(path: Path, problem: str | None, world: comm.World) -> None:
+def _check_written(path: Path, problem: str | None, world: World) -> None:
     """Raise on all ranks what rank 0 has found."""
-    if told := world.tell(problem, "probe")[0]:
+    if told := world.all_gather_object(problem, "probe")[0]:
         raise ConfigError(f"probe: {path} cannot be written: {told}: name a file in a folder of yours")
 
 
 class _Prober:
     """Times work that all ranks do together."""
 
-    def __init__(self, world: comm.World, per_node: int, effort: _Effort, progress: Progress) -> None:
+    def __init__(self, world: World, per_node: int, effort: _Effort, progress: Progress) -> None:
         self._world = world
         self._per_node = per_node
         self._effort = effort
@@ -131,7 +131,7 @@ class _Prober:
         tables: dict[tuple[str, int], Table] = {}
         bandwidths, latencies = [], []
         for group in groups:
-            ranks = max(self._world.tell(len(group.seat.ranks), "probe"))
+            ranks = max(self._world.all_gather_object(len(group.membership.ranks), "probe"))
             for collective in ("gather", "reduce", "all-reduce"):
                 rows = []
                 for piece in _pieces(self._effort.sizes, ranks):
@@ -171,24 +171,24 @@ class _Prober:
         """Seconds of the fastest round, on the slowest rank; all ranks begin together."""
         times = []
         for _ in range(self._effort.rounds + 1):  # the first connects and allocates
-            self._world.tell(None, "probe")
+            self._world.all_gather_object(None, "probe")
             begin = time.perf_counter()
             work()
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-        return float(max(self._world.tell(min(times[1:]), "probe")))
+        return float(max(self._world.all_gather_object(min(times[1:]), "probe")))
 
     def _work(self, group: Group, collective: str, piece: int) -> Callable[[], object]:
         mine = torch.zeros(piece // 4, device=self._world.device)
-        whole = mine.repeat(len(group.seat.ranks))
+        whole = mine.repeat(len(group.membership.ranks))
         if collective == "gather":
-            return lambda: group.gather(whole, mine)
+            return lambda: group.all_gather(whole, mine)
         if collective == "reduce":
             return lambda: group.exchange(whole)  # the sum of what comes costs memory, which plans count apart
 
         def both() -> None:
-            group.gather(whole, _sum(group.exchange(whole)))
+            group.all_gather(whole, _sum(group.exchange(whole)))
 
         return both
 
@@ -219,10 +219,3 @@ def _powers(most: int) -> Iterator[int]:
     while number <= most:
         yield number
         number *= 2
-
-
-def _memory(device: torch.device, per_node: int) -> int:
-    """Bytes of this rank's GPU, less what torch and NCCL take themselves; of a machine's CPUs each rank's share."""
-    if device.type == "cuda":
-        return int(0.92 * torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // per_node

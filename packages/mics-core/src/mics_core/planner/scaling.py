@@ -18,7 +18,7 @@ from mics_core.planner.cluster import Cluster
 from mics_core.planner.columns import aligned, degrees, digits, gigabytes, unit_of
 from mics_core.planner.memory import memory
 from mics_core.planner.simulator import Prediction, simulate
-from mics_core.sharding import Sharding
+from mics_core.spec.sharding import Sharding
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload

@@ -11,7 +11,7 @@ from torch import nn
 
 from mics_core.errors import ConfigError
 from mics_core.planner.advice import advise, cluster_that_fits
-from mics_core.planner.candidate import Candidate, shardings
+from mics_core.planner.candidate import Candidate
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.estimate import Estimate, Estimates
 from mics_core.planner.memory import Memory, memory
@@ -19,9 +19,9 @@ from mics_core.planner.plan_table import Plan
 from mics_core.planner.simulator import simulate
 from mics_core.planner.ways import AS_FAST, Row, loser, preference, too_large
 from mics_core.planner.workload import Sample, Workload, trace
-from mics_core.sharding import Precision, Sharding
-from mics_core.topology import Topology
-from mics_core.units import UnitRule
+from mics_core.spec.sharding import Precision, Sharding
+from mics_core.spec.topology import Topology, shardings
+from mics_core.spec.units import UnitRule
 
 MOST = 1 << 40
 """Samples of a step, or tokens of a sample: products of them stay numbers that tensors can have."""

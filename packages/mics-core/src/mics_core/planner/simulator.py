@@ -15,7 +15,7 @@ from mics_core.planner.cluster import Cluster
 from mics_core.planner.collectives import Collectives
 from mics_core.planner.engine import COMPUTE, Program, Task
 from mics_core.planner.peers import DDP, FSDP2, HSDP, ZeRO3
-from mics_core.planner.schedule import Ours
+from mics_core.planner.playing import Ours
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload

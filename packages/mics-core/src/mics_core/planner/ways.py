@@ -10,7 +10,7 @@ from mics_core.planner.cluster import Cluster
 from mics_core.planner.columns import degrees, digits, gigabytes
 from mics_core.planner.memory import Memory
 from mics_core.planner.simulator import Prediction
-from mics_core.sharding import Sharding
+from mics_core.spec.sharding import Sharding
 
 AS_FAST = 1.01
 """Of ways whose steps take at most so many times as long as the fastest's, the one that is preferred is chosen."""

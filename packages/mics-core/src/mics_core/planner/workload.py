@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from mics_core import trees
 from mics_core.errors import ConfigError
-from mics_core.forecast import forecast
-from mics_core.ledger import UnitSize
 from mics_core.planner.passing import Pass, describe
-from mics_core.sharding import Precision, Sharding
-from mics_core.units import UnitRule, find
+from mics_core.spec.formula import UnitSize, forecast
+from mics_core.spec.sharding import Precision, Sharding
+from mics_core.spec.units import UnitRule, find
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 """The micro-batches that are traced: what a loss in chunks holds is no straight line. Between them it is one."""

@@ -163,6 +163,8 @@ def accumulate(
     >>> acc
     tensor([3., 4.])
     """
+    if acc.is_meta:
+        return None  # there is nothing to compute
     if not backend(acc.device).is_triton:
         return reference(acc, chunks, scale, overwrite=overwrite)
     return _launch(acc, chunks, scale, overwrite=overwrite)

@@ -344,5 +344,7 @@ def adamw(
     )
     buffers = _Buffers(master, exp_avg, exp_avg_sq, grad, weights)
     _check(buffers, settings)
+    if master.is_meta:
+        return  # there is nothing to compute
     run = _launch if backend(master.device).is_triton else reference
     run(buffers, settings)

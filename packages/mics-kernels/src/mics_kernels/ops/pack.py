@@ -139,6 +139,8 @@ def pack(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[i
     >>> flat
     tensor([1., 2., 0., 3., 4., 0.])
     """
+    if out.is_meta:
+        return None  # there is nothing to compute
     if not backend(out.device).is_triton:
         return reference(tensors, out, offsets, scale)
     return _launch(tensors, out, offsets, scale)

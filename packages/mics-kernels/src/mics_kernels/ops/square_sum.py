@@ -153,6 +153,8 @@ def square_sum(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum
     >>> square_sum(torch.tensor([3.0, 4.0]))
     SquareSum(sum=tensor(25.), nonfinite=tensor(0.))
     """
+    if flat.is_meta:
+        return SquareSum(*flat.new_empty(2, dtype=torch.float32))
     if not backend(flat.device).is_triton:
         return reference(flat, out)
     return _launch(flat, out)

@@ -1,0 +1,1 @@
+"""What travels between ranks, and in which order: who is there, groups, lanes, and the ladder made of them."""

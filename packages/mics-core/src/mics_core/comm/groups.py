@@ -1,0 +1,114 @@
+"""What travels between the ranks that meet on one level of a ladder.
+
+A `Group` does two things, both blocking the lane they are called on: `all_gather` puts everyone's piece into one
+buffer, `exchange` brings everyone's part of my piece. On GPUs they are NCCL's all-gather and reduce-scatter. On CPUs
+they are messages between pairs: gloo's own reduce-scatter moves twice the bytes, and its all-gather uses two thirds of
+a link between nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+# torch 2.13 renamed them, and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_TAGS = 1 << 31  # gloo's messages carry one of so many
+
+
+def silent(verb: str, rank: int, place: str, error: BaseException) -> RuntimeError:
+    """Of a rank that a message is missing from."""
+    return RuntimeError(f"{verb} rank {rank}{place}: it does other work, has failed, or its link is down: {error}")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who is in a group, by their numbers in the whole job, and where I am among them."""
+
+    ranks: tuple[int, ...]
+    index: int
+    name: str
+
+
+class Group(Protocol):
+    """The ranks that meet on one level of a ladder."""
+
+    membership: Membership
+
+    def all_gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        """Put the ranks' pieces side by side into `out`; mine may already lie there."""
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """Cut `source` into one part for each rank; return what they sent for me, in their order or summed up."""
+
+
+class HostGroup:
+    """gloo. Receives are posted first, and every pair talks at once: that keeps both directions of a link busy.
+
+    A message's tag is its length: gloo aborts a process that gets more bytes than it waits for, as where ranks do
+    different things. So what does not fit is never taken, and its ranks hear of it at the timeout.
+    """
+
+    def __init__(self, membership: Membership, group: dist.ProcessGroup) -> None:
+        self.membership = membership
+        self._group = group
+        size = len(membership.ranks)
+        self._others = [(membership.index + turn) % size for turn in range(1, size)]
+        self._received = torch.empty(0, dtype=torch.uint8)
+
+    def all_gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        """As of any group."""
+        pieces = out.view(len(self.membership.ranks), -1)
+        mine, tag = pieces[self.membership.index], piece.nbytes % _TAGS
+        receives = [(other, self._group.recv([pieces[other]], other, tag)) for other in self._others]
+        sends = [(other, self._group.send([piece], other, tag)) for other in self._others]
+        if mine.data_ptr() != piece.data_ptr():
+            mine.copy_(piece)
+        self._wait(receives, sends)
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """As of any group."""
+        parts = source.view(len(self.membership.ranks), -1)
+        needed = parts[1:].numel() * source.itemsize
+        if self._received.numel() < needed:
+            self._received = torch.empty(needed, dtype=torch.uint8)
+        arrived = self._received[:needed].view(source.dtype).view(-1, parts.shape[1])
+        arriving = {other: arrived[turn] for turn, other in enumerate(self._others)}
+        tag = parts[0].nbytes % _TAGS
+        receives = [(other, self._group.recv([arriving[other]], other, tag)) for other in self._others]
+        sends = [(other, self._group.send([parts[other]], other, tag)) for other in self._others]
+        self._wait(receives, sends)
+        return [arriving.get(index, parts[self.membership.index]) for index in range(len(self.membership.ranks))]
+
+    def _wait(self, receives: list[tuple[int, dist.Work]], sends: list[tuple[int, dist.Work]]) -> None:
+        for verb, works in (("nothing came from", receives), ("nothing was taken by", sends)):
+            for other, work in works:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise silent(
+                        verb, self.membership.ranks[other], f" on level {self.membership.name}", error
+                    ) from error
+
+
+class DeviceGroup:
+    """NCCL, on the current stream."""
+
+    def __init__(self, membership: Membership, group: dist.ProcessGroup) -> None:
+        self.membership = membership
+        self._group = group
+
+    def all_gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
+        """As of any group."""
+        _all_gather(out, piece, group=self._group)
+
+    def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
+        """As of any group."""
+        mine = source.view(len(self.membership.ranks), -1)[self.membership.index]
+        _reduce_scatter(mine, source, group=self._group)  # NCCL takes the output inside the input
+        return [mine]

@@ -1,0 +1,240 @@
+"""The ladder: how states move between degrees. Down is an all-gather, up a reduce-scatter, level by level.
+
+With 2 ranks a node, 8 ranks and Sharding(2, 2, 8) the rungs are 1, 2 and 8:
+
+    degree 8   master, optimizer state      ^ hop 2: once a step      | refresh: once a step
+    --------   level 2-8, between nodes     |                         v
+    degree 2   shard, sum of gradients      ^ hop 1: each micro-step  | gather: each use of a unit
+    --------   level 1-2, inside nodes      |                         v
+    degree 1   gradients of a backward, whole parameters
+
+Both directions work in place: my piece at a degree is a range of my piece at any lower one. Above O all ranks need the
+same sum: it goes up to the top, where each rank adds up a piece, and down again (sync).
+
+A way that leaves the nodes has two legs on two lanes: while one unit is between nodes, another is inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+
+from mics_core.comm.counters import Counters
+from mics_core.comm.groups import Group
+from mics_core.comm.lanes import DONE, Lane, Work
+from mics_core.comm.transfer_order import TransferOrder
+from mics_core.comm.world import World
+from mics_core.spec.sharding import Sharding
+from mics_core.spec.topology import Rungs, Scope
+from mics_kernels import accumulate
+
+
+class Route(Enum):
+    """What goes side by side: each has a lane inside nodes and one between them."""
+
+    GATHER = "gather"
+    HOP1 = "hop 1"
+    HOP2 = "hop 2"
+    REFRESH = "sync, refresh"
+
+
+_LANES = {(route, scope): f"{route.value}, {scope.value}" for route in Route for scope in Scope}
+"""What lanes are called in messages."""
+
+ROUTES = {
+    "gather": Route.GATHER,
+    "hop 1": Route.HOP1,
+    "hop 2": Route.HOP2,
+    "sync": Route.REFRESH,
+    "refresh": Route.REFRESH,
+}
+"""Which way an action of the formula goes."""
+
+Finish = Callable[[list[torch.Tensor]], None]
+
+
+def track(rungs: Rungs, route: Route, scope: Scope) -> str:
+    """Of which name a lane and its groups are: on the top level hop 2 and refresh share them, as a group costs sockets
+    or GPU memory.
+    """
+    top = scope is rungs.scope(len(rungs.degrees) - 2)
+    return "slow" if top and route in (Route.HOP2, Route.REFRESH) else route.value
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Between two degrees, the lower one first; what it is for, in errors and in the ledger."""
+
+    route: Route
+    what: str
+    action: str
+    low: int
+    high: int
+
+
+class Ladder:
+    """The rungs of a sharding, with lanes for each route and a process group for each of its levels on this rank."""
+
+    def __init__(self, rungs: Rungs, sharding: Sharding, world: World, counters: Counters) -> None:
+        self.rungs = rungs
+        self.rank = world.rank
+        self.order = TransferOrder(world, sharding.params)
+        self._counters = counters
+        self._params = sharding.params
+        self._names = [rungs.name(level) for level in rungs.levels(1, world.size)]
+        self._lanes: dict[tuple[Route, Scope], Lane] = {}
+        self._groups: dict[tuple[Route, int], Group] = {}
+        spans = {
+            Route.GATHER: (1, sharding.params),
+            Route.HOP1: (1, sharding.grads),
+            Route.HOP2: (sharding.grads, world.size),
+            Route.REFRESH: (sharding.params, world.size),
+        }
+        for route, span in spans.items():
+            for level in rungs.levels(*span):
+                scope = rungs.scope(level)
+                name = track(rungs, route, scope)
+                # A late gather stops the computation, and a late hop 1 the ring of buffers; the others have time.
+                urgent = route in (Route.GATHER, Route.HOP1)
+                self._lanes[route, scope] = world.lane(f"{name}, {scope.value}", urgent=urgent)
+                self._groups[route, level] = world.group(rungs.peers(self.rank, level), f"{self._names[level]}, {name}")
+
+    # ---- jobs for lanes
+
+    def submit(
+        self, route: Route, scope: Scope, what: str, job: Callable[[], None], after: Sequence[Work] = ()
+    ) -> Work:
+        """Do a job that uses a route's groups, after all before it on its lane; its errors tell what it was."""
+        self.order.note(_LANES[route, scope], what, gather=route is Route.GATHER)
+        return self._lanes[route, scope].submit(what, job, after)
+
+    def reduce_scatter_async(
+        self, transfer: Transfer, buffer: torch.Tensor, finish: Finish, after: Sequence[Work] = ()
+    ) -> Work:
+        """Hand a reduce-scatter to its lanes; `finish` gets the parts that add up to mine, on the last of them.
+
+        Overwrites `buffer`, which must stay as it is until the work is over.
+        """
+        *legs, (low, high) = self.rungs.legs(transfer.low, transfer.high)
+        for below, above in legs:
+            begin, end = self.range(buffer.numel() * below, above, within=below)
+            mine = buffer[begin:end]
+            job = partial(self._reduce_scatter_into, transfer, buffer, mine, below, above)
+            after = [self.submit(transfer.route, self.scope_above(below), transfer.what, job, after)]
+            buffer = mine
+
+        def last() -> None:
+            finish(self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
+
+        return self.submit(transfer.route, self.scope_above(low), transfer.what, last, after)
+
+    def all_gather_async(
+        self, transfer: Transfer, piece: torch.Tensor, whole: torch.Tensor, after: Sequence[Work] = ()
+    ) -> Work:
+        """Hand an all-gather to its lanes: `whole`, my piece at the lower degree, from everyone's at the higher one."""
+        work: Work = DONE
+        for low, high in reversed(self.rungs.legs(transfer.low, transfer.high)):
+            begin, end = self.range(whole.numel() * transfer.low, low, within=transfer.low)
+            job = partial(self.all_gather, transfer.route, transfer.action, piece, whole[begin:end], high, low)
+            work = self.submit(transfer.route, self.scope_above(low), transfer.what, job, after)
+            piece, after = whole[begin:end], [work]
+        return work
+
+    def all_gather_full(self, piece: torch.Tensor, whole: torch.Tensor, degree: int) -> None:
+        """Gather a whole state of a degree not below P, and wait for it. Rare, so it has no groups of its own."""
+        begin, end = self.range(whole.numel(), degree)
+        whole[begin:end] = piece
+        begin, end = self.range(whole.numel(), self._params)
+        if degree > self._params:
+            above = Transfer(Route.REFRESH, "full_params", "full", self._params, degree)
+            self.all_gather_async(above, piece, whole[begin:end]).wait()
+        if self._params > 1:
+            below = Transfer(Route.GATHER, "full_params", "full", 1, self._params)
+            self.all_gather_async(below, whole[begin:end], whole).wait()
+
+    def wait(self, work: Work) -> None:
+        """Let the computation wait, and count how long it stands still."""
+        self._counters.exposed.wait(work)
+
+    # ---- on a lane
+
+    def all_gather(
+        self, route: Route, action: str, piece: torch.Tensor, whole: torch.Tensor, high: int, low: int
+    ) -> None:
+        """Gather my piece at degree `low`, `whole`, from everyone's at degree `high`; `piece` may lie in it."""
+        for level in reversed(self.rungs.levels(low, high)):
+            begin, end = self.range(whole.numel() * low, self.rungs.degrees[level], within=low)
+            self._count(action, level, piece)
+            # The pieces of a level's ranks lie side by side in the order of the ranks, so nothing is rearranged.
+            self._groups[route, level].all_gather(whole[begin:end], piece)
+            piece = whole[begin:end]
+
+    def reduce_scatter(
+        self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int
+    ) -> list[torch.Tensor]:
+        """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
+
+        The last addition is left to the caller, who knows where the sum is wanted. Overwrites `buffer`.
+        """
+        parts = [buffer]
+        for level in self.rungs.levels(low, high):
+            self._add(buffer, parts)
+            group = self._groups[route, level]
+            parts = group.exchange(buffer)
+            buffer = buffer.view(len(group.membership.ranks), -1)[group.membership.index]
+            self._count(action, level, buffer)
+        return parts
+
+    def _reduce_scatter_into(
+        self, transfer: Transfer, buffer: torch.Tensor, mine: torch.Tensor, low: int, high: int
+    ) -> None:
+        self._add(mine, self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
+
+    def _add(self, mine: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        if len(parts) > 1:
+            self._counters.reduced(mine, parts)
+            accumulate(mine, parts, overwrite=True)
+
+    def _count(self, action: str, level: int, piece: torch.Tensor) -> None:
+        below, above = self.rungs.degrees[level : level + 2]
+        self._counters.sent(action, self._names[level], (above // below - 1) * piece.nbytes)
+
+    # ---- a few numbers
+
+    def total(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
+        """The sum of a few numbers over the ranks that hold one copy of a state, the same bits on all of them."""
+        for level in self.rungs.levels(1, degree):
+            numbers = self._everyone(level, numbers.view(1, -1), "norm of all gradients").sum(0)
+        return numbers
+
+    def compare(self, numbers: torch.Tensor, degree: int) -> torch.Tensor:
+        """A few numbers of every rank that holds the same piece as I do, one row each, in the order of ranks."""
+        rows = numbers.view(1, -1)
+        for level in self.rungs.levels(degree, self.rungs.degrees[-1]):
+            rows = self._everyone(level, rows, "comparison of replicas")
+        return rows
+
+    def _everyone(self, level: int, rows: torch.Tensor, what: str) -> torch.Tensor:
+        route = Route.GATHER if self.rungs.degrees[level] < self._params else Route.REFRESH
+        group = self._groups[route, level]
+        gathered = rows.new_empty((len(group.membership.ranks) * rows.shape[0], rows.shape[1]))
+        job = partial(group.all_gather, gathered.view(-1), rows.reshape(-1))
+        self.wait(self.submit(route, self.rungs.scope(level), what, job))
+        return gathered
+
+    # ---- where things are
+
+    def range(self, size: int, degree: int, within: int = 1) -> tuple[int, int]:
+        """Where my piece of a flat buffer of `size` elements lies, counted from my piece at the degree `within`."""
+        length = size // degree
+        begin = self.rungs.piece(self.rank, degree) * length
+        begin -= self.rungs.piece(self.rank, within) * (size // within)
+        return begin, begin + length
+
+    def scope_above(self, degree: int) -> Scope:
+        """What the level from this degree upwards crosses."""
+        return self.rungs.scope(self.rungs.degrees.index(degree))

@@ -1,0 +1,234 @@
+"""What becomes of gradients: packed and summed after every backward (hop 1), over all ranks once a step (hop 2).
+
+NONE -> SHARDED      hop1: the first backward since the last step overwrites `sharded`, those after it add
+SHARDED -> SYNCED    hop2: `synced` holds the mean over all ranks
+any -> NONE          the step has used it, or the user's zero_grad has dropped it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from mics_core.comm.counters import Counters
+from mics_core.comm.ladder import Ladder, Route, Transfer
+from mics_core.comm.lanes import DONE, Work
+from mics_core.comm.transfer_order import Question
+from mics_core.comm.world import Answers, World
+from mics_core.errors import LifecycleError
+from mics_core.spec.sharding import Precision, Sharding
+from mics_core.unit.unit import Gradient, Unit
+from mics_kernels import accumulate, pack
+
+
+class Reducer:
+    """Takes in gradients as backwards produce them, and makes their mean over all ranks."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        world: World,
+        ladder: Ladder,
+        sharding: Sharding,
+        precision: Precision,
+        counters: Counters,
+    ) -> None:
+        self.units = [unit for unit in units if unit.trains]
+        self._world = world
+        self._ladder = ladder
+        self._degrees = sharding
+        self._counters = counters
+        self._mean = 1 / world.size
+        # float16 overflows in a sum over many ranks, so there the division comes before; else it comes last, once.
+        self._early = precision.reduce == torch.float16
+        self._hop2 = sharding.grads < world.size
+        self._hop1_travels = sharding.grads > 1
+        # With G = 1 hop 1 sends nothing, so gradients keep the compute dtype.
+        staged = precision.reduce if self._hop1_travels else precision.compute
+        largest = max((unit.trained.layout.size for unit in self.units), default=0)
+        self._staging = _Ring(2, largest, staged)  # one is filled while the other travels
+        # One for each leg, so that each leg has one at work.
+        legs = len(ladder.rungs.legs(sharding.grads, world.size))
+        self._wires = _Ring(legs, largest // sharding.grads, precision.reduce)
+        self._stepped = False
+        self.finished = False  # whether all ranks have agreed since the last gradient came
+        self._asked: tuple[Question, Answers] | None = None
+
+    def hop1(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
+        """Add a backward's gradients to `sharded`, summed over the ranks that share a copy of it."""
+        shards = unit.trained
+        present = [
+            (index, grad)
+            for index, (grad, parameter) in enumerate(zip(grads, shards.parameters, strict=True))
+            if grad is not None and parameter.requires_grad  # it may have been frozen since
+        ]
+        if not present:
+            return
+        overwrite = self._open(unit, [index for index, _ in present])
+        offsets, tensors = [shards.layout.slots[index].begin for index, _ in present], [grad for _, grad in present]
+        early = self._mean if self._early else 1.0
+        late = self._mean if not self._hop2 and not self._early else 1.0
+        if overwrite and not self._hop1_travels:
+            self._ladder.wait(unit.reducing)  # hop 2 of the last step may still read `sharded`
+            self._pack(tensors, shards.sharded, offsets, early)
+            return
+        buffer, free = self._staging.next(shards.layout.size, shards.sharded.device)
+        self._ladder.wait(free)
+        self._pack(tensors, buffer, offsets, early)
+
+        def add(parts: list[torch.Tensor]) -> None:
+            self._counters.added(shards.sharded, parts, overwrite=overwrite)
+            accumulate(shards.sharded, parts, late, overwrite=overwrite)
+
+        if self._hop1_travels:
+            transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._degrees.grads)
+            unit.reducing = self._ladder.reduce_scatter_async(transfer, buffer, add, after=[unit.reducing])
+            self._staging.busy_until(unit.reducing)
+        else:
+            self._ladder.wait(unit.reducing)
+            add([buffer])
+
+    def hop2(self, unit: Unit) -> None:
+        """From the sum over the ranks that share a copy to the mean over all."""
+        unit.gradient = Gradient.SYNCED
+        if not self._hop2:
+            return
+        sharded = unit.trained.sharded
+        if sharded.dtype == self._wires.dtype:
+            unit.reducing = self._to_the_top(unit, sharded, unit.reducing)
+            return
+        wire, free = self._wires.next(sharded.numel(), sharded.device)
+        scope = self._ladder.scope_above(self._degrees.grads)
+        job = partial(self._pack, [sharded], wire, [0], 1.0)
+        packed = self._ladder.submit(Route.HOP2, scope, f"hop 2 of {unit.name}", job, after=[unit.reducing, free])
+        unit.reducing = self._to_the_top(unit, wire, packed)
+        self._wires.busy_until(unit.reducing)
+
+    def ask(self) -> tuple[Question, Answers]:
+        """Begin to find the parameters that took part on any rank, so that all ranks update the same ones.
+
+        The backward of the last micro-step ends with this, and the answer travels beside hop 2. The order of transfers
+        is compared in the same message.
+        """
+        used = [used for unit in self.units for used in unit.used]
+        question = self._ladder.order.question()
+        answers = self._world.max_async([*question.numbers, *used], "comparing which parameters took part")
+        self._asked = question, answers
+        return self._asked
+
+    def finish(self) -> list[Unit]:
+        """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
+        present = [unit for unit in self.units if unit.has_gradient()]
+        # A step without a backward is none, and asks: on other ranks there may have been one.
+        if self.finished and (present or not self._stepped):
+            return present
+        for unit in present:
+            unit.trained.check_in_place()
+            unit.check_grads_untouched()
+            if unit.gradient is Gradient.SHARDED:
+                self.hop2(unit)
+        question, answers = self._asked or self.ask()
+        largest, length = answers.read(), len(question.numbers)
+        self._ladder.order.check(question, largest[:length])
+        used = iter(largest[length:])
+        for unit in self.units:
+            for index, mine in enumerate(unit.used):
+                if next(used) and not mine and unit in present:
+                    unit.use(index)
+        for unit in present:
+            self._ladder.wait(unit.reducing)
+            unit.allow_writes()
+        self.finished, self._asked = True, None
+        return present
+
+    def stepped(self) -> bool:
+        """An optimizer has used the gradients: the next backward begins anew. False if another one had, too."""
+        first, self._stepped = not self._stepped, True
+        return first
+
+    def unstepped(self) -> list[str]:
+        """The units with gradients that no step has used."""
+        return [] if self._stepped else [unit.name for unit in self.units if unit.has_gradient()]
+
+    def reset(self) -> None:
+        """Drop all gradients."""
+        for unit in self.units:
+            unit.reset_gradient()
+
+    def _to_the_top(self, unit: Unit, wire: torch.Tensor, ready: Work) -> Work:
+        """Reduce-scatter from G to the top, and from there to `synced`; `wire` is the gradient in the dtype that
+        travels.
+        """
+        ladder, shards, what = self._ladder, unit.trained, f"hop 2 of {unit.name}"
+        low, high, world = self._degrees.grads, self._degrees.optimizer, self._world.size
+        late = 1.0 if self._early else self._mean
+        up = Transfer(Route.HOP2, what, "hop 2", low, world)
+        if high == world:
+            return ladder.reduce_scatter_async(up, wire, partial(self._write, shards.synced, late), after=[ready])
+        begin, end = ladder.range(shards.layout.size, world, within=low)
+        mine = wire[begin:end]
+        top = ladder.reduce_scatter_async(up, wire, partial(self._write, mine, late), after=[ready])
+        begin, end = ladder.range(shards.layout.size, high, within=low)
+        synced = wire[begin:end]
+        work = ladder.all_gather_async(Transfer(Route.REFRESH, what, "sync", high, world), mine, synced, after=[top])
+        if wire is shards.sharded:
+            return work
+        job = partial(self._write, shards.synced, 1.0, [synced])
+        return ladder.submit(Route.REFRESH, ladder.scope_above(high), what, job, after=[work])
+
+    def _write(self, target: torch.Tensor, scale: float, parts: Sequence[torch.Tensor]) -> None:
+        self._counters.added(target, parts, overwrite=True)
+        accumulate(target, parts, scale, overwrite=True)
+
+    def _pack(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
+        self._counters.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
+        pack(tensors, out, offsets, scale)
+
+    def _open(self, unit: Unit, present: Sequence[int]) -> bool:
+        """Mark which parameters have a gradient; return whether it is the first since the last step."""
+        if self._stepped:
+            self._stepped = False
+            self.reset()
+        if unit.dropped():
+            unit.reset_gradient()
+        if unit.gradient is Gradient.SYNCED:
+            raise LifecycleError(
+                f"backward: the gradient of {unit.name} was summed over all ranks already, so nothing can be added to "
+                "it: step or zero_grad first, and if one micro-batch takes several backwards, loop over the "
+                "micro-batches without mics.accumulate"
+            )
+        first = unit.gradient is Gradient.NONE
+        if first:
+            unit.allow_writes()
+        else:
+            unit.check_grads_untouched()
+        unit.gradient = Gradient.SHARDED
+        self.finished, self._asked = False, None
+        for index in present:
+            if not unit.used[index]:
+                unit.use(index)
+        return first
+
+
+class _Ring:
+    """Buffers in turn for gradients on their way."""
+
+    def __init__(self, count: int, size: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._size = size
+        self._buffers: list[torch.Tensor] = []
+        self._busy: list[Work] = [DONE] * count
+        self._turn = 0
+
+    def next(self, size: int, device: torch.device) -> tuple[torch.Tensor, Work]:
+        """A buffer, and the work that reads it until it is over: wait for that before you fill it."""
+        if not self._buffers:
+            self._buffers = [torch.empty(self._size, dtype=self.dtype, device=device) for _ in self._busy]
+        self._turn = (self._turn + 1) % len(self._busy)
+        return self._buffers[self._turn][:size], self._busy[self._turn]
+
+    def busy_until(self, work: Work) -> None:
+        """The buffer given last is in use until then."""
+        self._busy[self._turn] = work
