@@ -102,7 +102,7 @@ def _unit_time(alone: Formula, shares: Mapping[str, float], micro_steps: int) ->
     traffic = alone.step(micro_steps)
 
     def sent(*actions: str) -> float:
-        return sum(moved.bytes * shares[rung] for (action, rung), moved in traffic.items() if action in actions)
+        return sum(moved.bytes * shares[level] for (action, level), moved in traffic.items() if action in actions)
 
     gathers = max((moved.calls for (action, _), moved in traffic.items() if action == "gather"), default=0)
     return UnitTime(
@@ -118,4 +118,4 @@ def bytes_leaving(formula: Formula, per_node: int, micro_steps: int, *, marked: 
     """What the formula says that a node sends to others in a step."""
     shares = {formula.rungs.name(level): leaving(formula.rungs, level, per_node) for level in _levels(formula.rungs)}
     traffic: Mapping[tuple[str, str], Traffic] = formula.step(micro_steps, marked=marked)
-    return per_node * sum(moved.bytes * shares[rung] for (_, rung), moved in traffic.items())
+    return per_node * sum(moved.bytes * shares[level] for (_, level), moved in traffic.items())

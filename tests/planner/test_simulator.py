@@ -92,8 +92,8 @@ def test_a_step_puts_the_formulas_bytes_on_every_link(degrees: tuple[int, int, i
     rungs = Rungs.of(choice.sharding, Topology(RANKS, PER_NODE))
     formula = Formula(choice.sharding, BF16, rungs, WORK.root.size, tuple(unit.size for unit in WORK.units))
     sent = {"intra": 0, "inter": 0}
-    for (_, rung), traffic in formula.step(micro_steps).items():
-        sent["inter" if "between" in rung else "intra"] += traffic.bytes
+    for (_, level), traffic in formula.step(micro_steps).items():
+        sent["inter" if "between" in level else "intra"] += traffic.bytes
     assert busy["intra"] * one.intra.bandwidth == pytest.approx(sent["intra"])
     assert busy["inter"] * one.inter.bandwidth == pytest.approx(PER_NODE * sent["inter"])
 
@@ -105,7 +105,7 @@ def test_no_step_is_shorter_than_its_computation_or_its_bytes(degrees: tuple[int
     assert told.seconds == pytest.approx(told.compute + told.exposed)
     rungs = Rungs.of(Sharding(*degrees), Topology(RANKS, PER_NODE))
     formula = Formula(Sharding(*degrees), BF16, rungs, WORK.root.size, tuple(unit.size for unit in WORK.units))
-    between = sum(traffic.bytes for (_, rung), traffic in formula.step(4).items() if "between" in rung)
+    between = sum(traffic.bytes for (_, level), traffic in formula.step(4).items() if "between" in level)
     assert told.seconds >= PER_NODE * between / 1e8 * (1 - 1e-9)
 
 

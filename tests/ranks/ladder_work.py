@@ -47,7 +47,7 @@ EVERYWHERE = Sharding.ddp().resolve(1)
 
 
 def there_and_back(case: Case) -> dict[str, bool]:
-    """Climb from 1 to every rung by way of the one before, and descend again; compare with sums over all ranks."""
+    """Reduce-scatter from 1 to every rung by way of the one before, and gather again; compare with sums of all."""
     ladder, _ = case.ladder(EVERYWHERE)
     world, rank = case.world, ladder.rank
     size = case.size
@@ -62,16 +62,16 @@ def there_and_back(case: Case) -> dict[str, bool]:
         # The ranks that share my copy at this degree are the first so many, counted from a multiple of it.
         mine = range(rank - rank % degree, rank - rank % degree + degree)
         expected = torch.stack([case.partial(other) for other in mine]).sum(0)[begin:end]
-        result[f"climb to {degree}"] = torch.equal(piece, expected)
+        result[f"up to {degree}"] = torch.equal(piece, expected)
         buffer, below = piece.clone(), degree
     begin, end = ladder.range(size, world)
-    result["climb to the top"] = torch.equal(buffer, case.total()[begin:end])
+    result["up to the top"] = torch.equal(buffer, case.total()[begin:end])
     high = world
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
         ladder.all_gather(Route.REFRESH, "down", buffer, whole, high, degree)
-        result[f"descend to {degree}"] = torch.equal(whole, case.total()[begin:end])
+        result[f"down to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
 
@@ -110,9 +110,9 @@ def _wait_for(event: threading.Event) -> None:
     assert event.wait(600), "nobody lets the lane go"
 
 
-def two_climbs_while_the_net_is_busy(case: Case) -> tuple[int, int, bool]:
-    """Climbs of two units while another holds the lane between nodes: how many were inside nodes and how many between
-    them by then, and whether both sums are right once it has gone.
+def two_sums_while_the_net_is_busy(case: Case) -> tuple[int, int, bool]:
+    """Reduce-scatters of two units while another holds the lane between nodes: how many were inside nodes and how many
+    between them by then, and whether both sums are right once it has gone.
     """
     ladder, counters = case.ladder(EVERYWHERE)
     inside, between = (("up", ladder.rungs.name(level)) for level in range(2))

@@ -17,8 +17,8 @@ from mics_models.data import load, standard_library
 from mics_models.gpt import GPT, GPTConfig
 from mics_models.sampling import sample
 from mics_models.sentences import sentence
-from mics_models.training import settings
 from mics_models.training.batches import configure
+from mics_models.training.settings import read as read_settings
 
 
 def load_model(config: GPTConfig, checkpoint: Path) -> GPT:
@@ -43,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     try:
-        told = settings.read(chosen.run / "settings.toml", ())
-        config = configure(told.model)
+        settings = read_settings(chosen.run / "settings.toml", ())
+        config = configure(settings.model)
         if not isinstance(config, GPTConfig):
-            raise ValueError(f"generate: {told.model.name} restores masked tokens, expected a GPT: name a run of one")
+            name = settings.model.name
+            raise ValueError(f"generate: {name} restores masked tokens, expected a GPT: name a run of one")
         model = load_model(config, chosen.checkpoint or chosen.run).to("cuda" if torch.cuda.is_available() else "cpu")
-        corpus = load(Path(told.data.folder)) if told.data.folder else standard_library()
+        corpus = load(Path(settings.data.folder)) if settings.data.folder else standard_library()
         prompt = corpus.encode(chosen.prompt)
         tokens = sample(model, prompt, chosen.tokens, temperature=chosen.temperature, seed=chosen.seed)
     except (ValueError, OSError) as error:

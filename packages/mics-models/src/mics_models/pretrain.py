@@ -21,13 +21,14 @@ import torch.distributed as dist
 import mics_core as mics
 from mics_models.data import load, standard_library
 from mics_models.hf import from_hf_lazily
-from mics_models.training import plan, run_folder, settings
+from mics_models.training import plan, run_folder
 from mics_models.training.batches import Batches, build, configure, to_device
 from mics_models.training.news import Stop
 from mics_models.training.run import Run
 from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
-from mics_models.training.settings import Settings
+from mics_models.training.settings import Settings, explained, flatten
+from mics_models.training.settings import read as read_settings
 from mics_models.training.stopwatch import Stopwatch
 from mics_models.training.together import Refused, Unheard, agree, everyone, hearing, together
 from mics_models.training.trains import Saves
@@ -39,32 +40,32 @@ that another is gone, is one sentence; --traceback shows where it failed, too.
 
 keys, their defaults and what they mean:
 
-{settings.explained()}"""
+{explained()}"""
 
 
 class Training:
     """The model, sharded, with its optimizer and its batches. `mics.init()` comes first."""
 
-    def __init__(self, told: Settings, batches: Batches, device: torch.device) -> None:
-        self.told = told
+    def __init__(self, settings: Settings, batches: Batches, device: torch.device) -> None:
+        self.settings = settings
         self.device = device
         self.rank, self.world = _place()
-        self.config = configure(told.model)
+        self.config = configure(settings.model)
         self.batches = batches
-        torch.manual_seed(told.seed)
+        torch.manual_seed(settings.seed)
         with torch.device("meta"):  # no rank ever holds the whole model
             model = build(self.config)
         decayed = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
-        precision = getattr(mics.Precision, told.sharding.precision)()
+        precision = getattr(mics.Precision, settings.sharding.precision)()
         self.compute: torch.dtype = precision.compute
         self.model = mics.shard(
             model,
-            _sharding(told, self.world),
+            _sharding(settings, self.world),
             precision=precision,
-            ranks_per_node=told.sharding.ranks_per_node or None,
-            prefetch_bytes=None if told.sharding.prefetch_mb < 0 else told.sharding.prefetch_mb << 20,
+            ranks_per_node=settings.sharding.ranks_per_node or None,
+            prefetch_bytes=None if settings.sharding.prefetch_mb < 0 else settings.sharding.prefetch_mb << 20,
         )
-        if told.model.compile:
+        if settings.model.compile:
             self.model.compile_blocks()
         named = list(self.model.named_parameters())
         self.optimizer = mics.AdamW(
@@ -78,11 +79,11 @@ class Training:
 
     def use_settings(self) -> None:
         """Give the optimizer what the settings say, whatever it had: `load` brings a checkpoint's."""
-        told = self.told.optimizer
+        settings = self.settings.optimizer
         decayed, others = self.optimizer.param_groups
         for group in (decayed, others):
-            group["betas"], group["eps"] = (told.beta1, told.beta2), told.eps
-        decayed["weight_decay"], others["weight_decay"] = told.weight_decay, 0.0
+            group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
+        decayed["weight_decay"], others["weight_decay"] = settings.weight_decay, 0.0
 
     def begin_with(self, weights: str) -> None:
         """Take the weights of a file or folder, each rank what it holds of them."""
@@ -100,15 +101,15 @@ class Training:
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
-        micro_steps = self.told.batch.micro_steps
+        micro_steps = self.settings.batch.micro_steps
         losses = []
         for micro_step in mics.accumulate(self.model, range(micro_steps)):
             loss = self.model(**to_device(self.batches.training(number, micro_step), self.device))
             (loss / micro_steps).backward()
             losses.append(loss.detach())
-        norm = mics.clip_grad_norm_(self.model, self.told.optimizer.clip or math.inf)
+        norm = mics.clip_grad_norm_(self.model, self.settings.optimizer.clip or math.inf)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.told.optimizer.lr * rate(number, self.told.schedule)
+            group["lr"] = self.settings.optimizer.lr * rate(number, self.settings.schedule)
         with self.stopwatch.part():
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -124,7 +125,7 @@ class Training:
 
     def save(self, path: Path, extra: dict[str, Any], *, background: bool) -> Saves:
         """Write a checkpoint; the settings say how many are kept."""
-        keep = self.told.checkpoint.keep
+        keep = self.settings.checkpoint.keep
         return mics.save(path, self.model, self.optimizer, background=background, keep=keep, **extra)
 
     def load(self, folder: Path) -> dict[str, Any] | None:
@@ -141,7 +142,7 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """The mean loss on held-out data, always the same, in nats per token. All ranks must call it."""
-        batches, micro_steps = self.told.evaluation.batches, self.told.batch.micro_steps
+        batches, micro_steps = self.settings.evaluation.batches, self.settings.batch.micro_steps
         self.model.eval()
         total = torch.zeros((), device=self.device)
         for batch in range(batches):
@@ -159,36 +160,36 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _ranks_per_node(told: Settings, world: int) -> int:
-    return min(told.sharding.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world)
+def _ranks_per_node(settings: Settings, world: int) -> int:
+    return min(settings.sharding.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world)
 
 
-def _sharding(told: Settings, world: int) -> mics.Sharding:
+def _sharding(settings: Settings, world: int) -> mics.Sharding:
     """The three degrees, where 0 means the ranks of a node, or what the one before is."""
-    params = told.sharding.params or _ranks_per_node(told, world)
-    grads = told.sharding.grads or params
-    return mics.Sharding(params, grads, told.sharding.optimizer or grads)
+    params = settings.sharding.params or _ranks_per_node(settings, world)
+    grads = settings.sharding.grads or params
+    return mics.Sharding(params, grads, settings.sharding.optimizer or grads)
 
 
-def forecast(told: Settings, device: torch.device) -> plan.Forecast:
+def forecast(settings: Settings, device: torch.device) -> plan.Forecast:
     """What the run will take, before it takes anything."""
     _, world = _place()
     with torch.device("meta"):
-        model = build(configure(told.model))
+        model = build(configure(settings.model))
     formula = mics.forecast(
         model,
-        _sharding(told, world),
+        _sharding(settings, world),
         ranks=world,
-        ranks_per_node=_ranks_per_node(told, world),
-        precision=getattr(mics.Precision, told.sharding.precision)(),
+        ranks_per_node=_ranks_per_node(settings, world),
+        precision=getattr(mics.Precision, settings.sharding.precision)(),
     )
     sent: dict[str, int] = {}
-    for (_, rung), traffic in formula.step(told.batch.micro_steps).items():
-        sent[rung] = sent.get(rung, 0) + traffic.bytes
+    for (_, level), traffic in formula.step(settings.batch.micro_steps).items():
+        sent[level] = sent.get(level, 0) + traffic.bytes
     return plan.Forecast(
         degrees=(formula.sharding.params, formula.sharding.grads, formula.sharding.optimizer),
         ranks=world,
-        ranks_per_node=_ranks_per_node(told, world),
+        ranks_per_node=_ranks_per_node(settings, world),
         device=device.type,
         at_rest=formula.at_rest(),
         gathered=formula.gathered(),
@@ -197,20 +198,20 @@ def forecast(told: Settings, device: torch.device) -> plan.Forecast:
     )
 
 
-def pretrain(told: Settings, device: torch.device) -> Stop:
+def pretrain(settings: Settings, device: torch.device) -> Stop:
     """Run the whole program; why it ended before its last step, if it did."""
     rank, _ = _place()
     screen = Screen(speaks=rank == 0)
-    agree(dict(settings.flatten(told)))
-    corpus = together(lambda: load(Path(told.data.folder)) if told.data.folder else standard_library())
+    agree(dict(flatten(settings)))
+    corpus = together(lambda: load(Path(settings.data.folder)) if settings.data.folder else standard_library())
     agree(
         {f"the number of tokens in data.folder ({side})": len(getattr(corpus, side)) for side in ("train", "held_out")}
     )
-    batches = together(lambda: Batches(told, configure(told.model), corpus, *_place()))
-    folder = run_folder.find(told, rank)  # before the plan, which takes seconds
-    screen.plan("mics pretrain", plan.rows(told, configure(told.model), corpus, forecast(told, device)))
-    run_folder.write(folder, told, rank)
-    run = Run(Training(told, batches, device), corpus, folder, screen)
+    batches = together(lambda: Batches(settings, configure(settings.model), corpus, *_place()))
+    folder = run_folder.find(settings, rank)  # before the plan, which takes seconds
+    screen.plan("mics pretrain", plan.rows(settings, configure(settings.model), corpus, forecast(settings, device)))
+    run_folder.write(folder, settings, rank)
+    run = Run(Training(settings, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
     stopped = run.train()
@@ -222,9 +223,9 @@ def pretrain(told: Settings, device: torch.device) -> Stop:
 def _told(words: Sequence[str]) -> Settings:
     """The settings of a command line."""
     file = Path(words[0]) if words and words[0].endswith(".toml") and "=" not in words[0] else None
-    told = settings.read(file, words[file is not None :])
-    configure(told.model)
-    return told
+    settings = read_settings(file, words[file is not None :])
+    configure(settings.model)
+    return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,15 +18,16 @@ HELD_OUT_SEED = 0
 """Of the held-out samples, always: runs with different seeds are measured on the same text."""
 
 
-def configure(told: ModelSettings) -> Config:
+def configure(settings: ModelSettings) -> Config:
     """The model's configuration, with what the settings change in it."""
     known: dict[str, Config] = {**GPTS, **BERTS}
-    if told.name not in known:
-        raise ValueError(f"settings: model.name is {told.name!r}, an unknown model, {nearest(told.name, list(known))}")
-    config = known[told.name]
+    if settings.name not in known:
+        meant = nearest(settings.name, list(known))
+        raise ValueError(f"settings: model.name is {settings.name!r}, an unknown model, {meant}")
+    config = known[settings.name]
     fields = list(vars(config))
     changes = {}
-    for key, value in told.config.items():
+    for key, value in settings.config.items():
         if key not in fields:
             raise ValueError(f"settings: model.config.{key} is unknown, {nearest(key, fields)}")
         changes[key] = typed(f"model.config.{key}", value, getattr(config, key))

@@ -37,8 +37,8 @@ def resuming(folder: Path, world: int) -> str:
         start = ["torchrun", "--standalone", "--nproc-per-node", str(local)]
     else:  # how nodes find each other is known to whoever started them
         start = ["torchrun", "--nnodes", str(world // local), "--nproc-per-node", str(local), "..."]
-    told = [f"{folder}/settings.toml", f"output={folder}", "checkpoint.resume=always"]
-    return shlex.join([*start, "-m", "mics_models.pretrain", *told])
+    words = [f"{folder}/settings.toml", f"output={folder}", "checkpoint.resume=always"]
+    return shlex.join([*start, "-m", "mics_models.pretrain", *words])
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, training: Trains, corpus: Corpus, folder: Path, screen: Screen) -> None:
         self.training = training
-        self.told = training.told
+        self.settings = training.settings
         self.corpus = corpus
         self.folder = folder
         self.screen = screen
@@ -65,8 +65,8 @@ class Run:
 
     def train(self) -> Stop:
         """Take the steps; why it ended before the last of them, if it did."""
-        training, told, steps = self.training, self.told, self.told.schedule.steps
-        end = time.monotonic() + 60 * told.schedule.minutes if told.schedule.minutes else math.inf
+        training, settings, steps = self.training, self.settings, self.settings.schedule.steps
+        end = time.monotonic() + 60 * settings.schedule.minutes if settings.schedule.minutes else math.inf
         exchange, saved = Exchange(training.device), self.done
         self.screen.begin(self.done, steps)
         self._measure_again()
@@ -79,12 +79,12 @@ class Run:
                     asked = Stop.SIGNAL if interrupts.received else over
                     exchange.send(losses, norm, Stop.TROUBLE if self._trouble() else asked)
                     self.done += 1
-                    if self._due(told.log.every) or self._due(told.evaluation.every) or self.done == steps:
+                    if self._due(settings.log.every) or self._due(settings.evaluation.every) or self.done == steps:
                         self._hear(exchange.read(), self.done - 1)
                         self._report()
-                    if self._due(told.checkpoint.every) and self.done < steps:
+                    if self._due(settings.checkpoint.every) and self.done < steps:
                         self._hear(exchange.read(), self.done - 1)  # what is not finite must not be saved
-                        self._save(background=told.checkpoint.background)
+                        self._save(background=settings.checkpoint.background)
                         saved = self.done
                 self._hear(exchange.read(), self.done - 1)
                 self._end_check()
@@ -108,9 +108,9 @@ class Run:
         if "held_out" not in self._row:
             self._row["held_out"] = self.training.held_out_loss()
             self._write()
-        if isinstance(self.training.model, GPT) and self.told.evaluation.sampled:
-            prompt = self.corpus.encode(self.told.evaluation.prompt)
-            tokens = sample(self.training.model, prompt, self.told.evaluation.sampled, seed=self.told.seed)
+        if isinstance(self.training.model, GPT) and self.settings.evaluation.sampled:
+            prompt = self.corpus.encode(self.settings.evaluation.prompt)
+            tokens = sample(self.training.model, prompt, self.settings.evaluation.sampled, seed=self.settings.seed)
             self.screen.say(f"a sample:\n{self.corpus.decode(tokens.cpu())}\n")
         together(self._draw)
         self.screen.say(
@@ -138,12 +138,12 @@ class Run:
                 for micro_step, rank in news.bad[:8]
                 for of in [batches.samples(step, micro_step, rank)]
             ]
-            what = f"the loss of step {step + 1} is not finite {'; '.join(places)} of seed {self.told.seed}"
-        elif not math.isfinite(news.norm) and self.told.sharding.precision != "fp16":  # which skips such a step
+            what = f"the loss of step {step + 1} is not finite {'; '.join(places)} of seed {self.settings.seed}"
+        elif not math.isfinite(news.norm) and self.settings.sharding.precision != "fp16":  # which skips such a step
             of = self.training.batches.train.samples(step)
             what = (
                 f"the gradient of step {step + 1} is not finite, though the losses of all ranks are, on samples "
-                f"{of.start} to {of.stop - 1} of seed {self.told.seed}"
+                f"{of.start} to {of.stop - 1} of seed {self.settings.seed}"
             )
         else:
             return
@@ -163,17 +163,17 @@ class Run:
 
     def _report(self) -> None:
         """Write and show what the steps since the last report came to."""
-        told, training = self.told, self.training
+        settings, training = self.settings, self.training
         self._pause()
         steps, seconds, exposed = self.done - self._lap_steps, self._lap_seconds, self._lap_exposed
         self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
         optimizer = training.stopwatch.lap()
-        speed = steps * told.batch.samples * told.batch.seq / seconds
+        speed = steps * settings.batch.samples * settings.batch.seq / seconds
         self._row = {
             "step": self.done,
             "loss": sum(self._losses) / len(self._losses),
             "norm": self.news.norm,
-            "lr": told.optimizer.lr * rate(self.done - 1, told.schedule),
+            "lr": settings.optimizer.lr * rate(self.done - 1, settings.schedule),
             "tokens_per_second": speed,
             "step_seconds": seconds / steps,
             "compute": (seconds - exposed - optimizer) / steps,
@@ -181,13 +181,13 @@ class Run:
             "optimizer": optimizer / steps,
         }
         if self.peak is not None:
-            flops = training.config.flops_per_token(told.batch.seq)
+            flops = training.config.flops_per_token(settings.batch.seq)
             self._row["mfu"] = speed * flops / (training.world * self.peak.flops)
-        if self._due(told.evaluation.every) or self.done == told.schedule.steps:
+        if self._due(settings.evaluation.every) or self.done == settings.schedule.steps:
             self._row["held_out"] = training.held_out_loss()
         self._losses.clear()
         self._write()
-        self.screen.report(self._row, told.schedule.steps)
+        self.screen.report(self._row, settings.schedule.steps)
         self._measure_again()
 
     def _write(self) -> None:
@@ -210,7 +210,7 @@ class Run:
         if not all(everyone(self.check.over)):
             self.screen.say(
                 "the run ends before all of its tokens were compared with their checksums: `python -m mics_models.data "
-                f"verify {self.told.data.folder}` does that"
+                f"verify {self.settings.data.folder}` does that"
             )
 
     def _end_save(self) -> None:
@@ -223,7 +223,7 @@ class Run:
     def _save(self, *, background: bool) -> None:
         self._pause()
         self._end_save()
-        extra = {"step": self.done, "settings": dict(flatten(self.told)), "losses": list(self._losses)}
+        extra = {"step": self.done, "settings": dict(flatten(self.settings)), "losses": list(self._losses)}
         try:
             self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
         except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks
@@ -232,25 +232,25 @@ class Run:
 
     def _resume(self) -> int:
         """Go on from the last checkpoint, if that was asked for; how many steps it had taken."""
-        resume = self.told.checkpoint.resume
+        resume = self.settings.checkpoint.resume
         extra = None if resume == "never" else self.training.load(self.checkpoints)
         if extra is None and resume != "always":
-            if self.told.model.weights:
-                self.training.begin_with(self.told.model.weights)
-                self.screen.say(f"beginning with the weights of {self.told.model.weights}")
+            if self.settings.model.weights:
+                self.training.begin_with(self.settings.model.weights)
+                self.screen.say(f"beginning with the weights of {self.settings.model.weights}")
             return 0
         if extra is None:
             raise Refused(
                 f"checkpoint.resume is 'always' and {self.checkpoints} has no checkpoint, expected one: begin one with "
                 "checkpoint.resume=auto, or name the output of a run"
             )
-        now, then = dict(flatten(self.told)), extra["settings"]
+        now, then = dict(flatten(self.settings)), extra["settings"]
         for key in now:
             if key in then and now[key] != then[key] and key != "checkpoint.resume":
                 self.screen.say(f"resuming with {key} = {now[key]!r}; the checkpoint was made with {then[key]!r}")
-        if extra["step"] >= self.told.schedule.steps:
+        if extra["step"] >= self.settings.schedule.steps:
             raise Refused(
-                f"the checkpoint has taken {extra['step']} steps and schedule.steps is {self.told.schedule.steps}, "
+                f"the checkpoint has taken {extra['step']} steps and schedule.steps is {self.settings.schedule.steps}, "
                 "expected more: raise schedule.steps to go on"
             )
         self._losses += extra["losses"]  # so that the next report is that of a run which never stopped
@@ -259,15 +259,15 @@ class Run:
 
     def _peak(self) -> Peak | None:
         """What the MFU is of. CPU ranks share cores, so they have one only if it is told."""
-        told = self.told.log.peak_tflops
-        if self.training.device.type == "cpu" and not told:
+        given = self.settings.log.peak_tflops
+        if self.training.device.type == "cpu" and not given:
             return None
-        return peak(self.training.device, self.training.compute, told)
+        return peak(self.training.device, self.training.compute, given)
 
     def _open_journal(self) -> journal.Journal | None:
         if self.training.rank:
             return None
-        return journal.Journal(self.folder, first=self.done, tensorboard=self.told.log.tensorboard)
+        return journal.Journal(self.folder, first=self.done, tensorboard=self.settings.log.tensorboard)
 
     def _draw(self) -> None:
         self._raise_trouble()
@@ -275,4 +275,4 @@ class Run:
             from mics_models.training.curves import draw  # matplotlib takes a second to import
 
             self.journal.close()
-            draw(journal.read(self.folder), self.told.model.name, self.folder / "curves.png")
+            draw(journal.read(self.folder), self.settings.model.name, self.folder / "curves.png")

@@ -6,18 +6,18 @@ import time
 from pathlib import Path
 
 from mics_models.data.replacing import replacing
-from mics_models.training import journal, settings
-from mics_models.training.settings import Settings
+from mics_models.training import journal
+from mics_models.training.settings import Settings, to_toml
 from mics_models.training.together import everyone, together
 
 
-def find(told: Settings, rank: int) -> Path:
+def find(settings: Settings, rank: int) -> Path:
     """The run's folder, which rank 0 can write to and has no other run."""
-    folder = Path(everyone(told.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{told.model.name}")[0])
+    folder = Path(everyone(settings.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{settings.model.name}")[0])
 
     def try_it() -> None:
         if rank == 0:
-            if told.checkpoint.resume == "never" and (folder / journal.LOG).exists():
+            if settings.checkpoint.resume == "never" and (folder / journal.LOG).exists():
                 raise FileExistsError(
                     f"output {folder} has a run already, expected a new folder: name another, or go on with "
                     "checkpoint.resume=always"
@@ -31,9 +31,9 @@ def find(told: Settings, rank: int) -> Path:
     return folder
 
 
-def write(folder: Path, told: Settings, rank: int) -> None:
+def write(folder: Path, settings: Settings, rank: int) -> None:
     """Write down in the folder, which all ranks must see, what the run was told."""
-    text = settings.to_toml(told)
+    text = to_toml(settings)
 
     def put() -> None:
         if rank == 0:

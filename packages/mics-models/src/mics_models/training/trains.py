@@ -24,7 +24,7 @@ class Saves(Protocol):
 class Trains(Protocol):
     """A model with its optimizer and its batches, on all ranks."""
 
-    told: Settings
+    settings: Settings
     config: Config
     device: torch.device
     compute: torch.dtype
