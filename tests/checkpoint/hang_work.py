@@ -16,8 +16,8 @@ from torch import nn
 import mics_core as mics
 from mics_core import registry
 from mics_core.checkpoint import reading, saving
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.manifest import Manifest
-from mics_core.comm.at_disk import Task
 from mics_core.comm.world import World
 from mics_core.lifecycle import Phase
 

@@ -6,7 +6,7 @@ from threading import Event, Thread
 import pytest
 
 import hang_work as work
-from mics_core.comm.at_disk import Task
+from mics_core.checkpoint.at_disk import Task
 from pool import Pool
 
 

@@ -39,7 +39,7 @@ def accounts() -> dict[Case, Any]:
 
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=str)
-def test_calls_and_bytes_on_every_rung_equal_the_formula(
+def test_calls_and_bytes_on_every_level_equal_the_formula(
     accounts: dict[Case, Any], degrees: tuple[int, int, int]
 ) -> None:
     found = {case: account for case, account in accounts.items() if case[1] == degrees}

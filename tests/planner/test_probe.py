@@ -11,8 +11,9 @@ import mics_core as mics
 import probe_work as work
 from mics_core import Cluster, ConfigError, Sharding
 from mics_core.planner import probe
-from mics_core.spec.formula import fitting, forecast
+from mics_core.spec.formula import forecast
 from mics_core.spec.topology import Topology, shardings
+from mics_core.validate import fitting
 from mics_models import gpt
 from pool import Pool
 
@@ -91,7 +92,7 @@ def test_auto_takes_the_first_that_fits_of_those_that_cut_least() -> None:
 
     def needed(sharding: Sharding) -> int:
         cut = forecast(work.Model(), sharding, ranks=8, ranks_per_node=2)
-        return cut.memory()
+        return sum(cut.at_rest().values()) + cut.gathered() + sum(cut.working().values())
 
     for room in sorted({needed(sharding) for sharding in shardings(topology)}):
         first = next(sharding for sharding in shardings(topology) if needed(sharding) <= room)

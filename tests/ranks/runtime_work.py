@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.comm.ladder import Ladder
+from mics_core.comm.ladder import Ladder, Route, track
 from mics_core.comm.lanes import Work
+from mics_core.comm.recorded import COMPUTE, Kind, RecordedWorld
 from mics_core.spec.formula import Traffic
+from mics_core.spec.topology import Scope
 
 WIDTH, BLOCKS = 32, 4
 
@@ -214,6 +218,34 @@ def gathered(sharding: mics.Sharding, prefetch_bytes: int | None) -> tuple[int, 
     steps(model, mics.AdamW(model.parameters()), 3, 2, marked=True)
     runtime = registry.runtime_of(model, "test")
     return runtime.gatherer.peak, [unit.nbytes for unit in runtime.units], runtime.gatherer.budget
+
+
+def handed_to_lanes(sharding: mics.Sharding) -> list[list[tuple[str, str]]]:
+    """Of three steps, each lane and job in the order of the host: of this rank, and of the recording that pretends to
+    be it.
+    """
+    found: list[list[tuple[str, str]]] = []
+    submit = Ladder.submit
+
+    def noting(ladder: Ladder, route: Route, scope: Scope, what: str, *job: Any, **after: Any) -> Work:
+        found[-1].append((f"{track(ladder.rungs, route, scope)}, {scope.value}", what))
+        return submit(ladder, route, scope, what, *job, **after)
+
+    recorded = RecordedWorld(dist.get_world_size(), dist.get_rank())
+    for world in (None, recorded):
+        found.append([])
+        with patch.object(Ladder, "submit", noting):
+            model = mics.shard(Model(), sharding, ranks_per_node=2, group=world)
+            optimizer = mics.AdamW(model.parameters())
+            for _ in range(3):
+                for batch in mics.accumulate(model, list(torch.randn(2, 3, WIDTH))):
+                    model(batch).backward()
+                mics.clip_grad_norm_(model, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    written = [(entry.stream, entry.what) for entry in recorded.program.entries if entry.kind is Kind.RECORD]
+    assert [each for each in written if each[0] != COMPUTE] == found[1]
+    return found
 
 
 def meet(sharding: mics.Sharding, pairs: Pairs) -> list[tuple[str, int]]:

@@ -27,7 +27,7 @@ deep = pytest.mark.deep
     ],
     ids=str,
 )
-def test_calls_and_bytes_on_every_rung_equal_the_formula(pool: Pool, per_node: int, marked: bool, blocks: int) -> None:
+def test_calls_and_bytes_on_every_level_equal_the_formula(pool: Pool, per_node: int, marked: bool, blocks: int) -> None:
     for rank in pool.run(8, work.accounts, CHAINS, per_node, Precision.bf16(), 3, marked, blocks):
         for account in rank:
             assert account.counted == account.predicted, account.sharding
@@ -65,6 +65,15 @@ def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: 
 def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: Sharding, precision: Precision) -> None:
     for held in pool.run(4, work.memory, sharding, precision):
         assert [found for found, _ in held] == [expected for _, expected in held]
+
+
+PLAYED = [Sharding(2, 2, 4), Sharding(1, 1, 2), Sharding(4, 4, 4)]
+
+
+@pytest.mark.parametrize("sharding", PLAYED, ids=str)
+def test_a_recording_hands_to_lanes_what_ranks_do(pool: Pool, sharding: Sharding) -> None:
+    for real, recorded in pool.run(4, work.handed_to_lanes, sharding, LOCAL_WORLD_SIZE=2):
+        assert real == recorded
 
 
 @pytest.mark.parametrize("budget", [0, None, 1 << 20], ids=["none", "one unit", "all"])

@@ -257,7 +257,7 @@ def test_a_unit_that_returns_its_parameter(pool: Pool) -> None:
         assert "0: its forward returned one of its parameters" in text
 
 
-def test_a_rank_that_stays_away_is_named_with_unit_and_rung(pool: Pool) -> None:
+def test_a_rank_that_stays_away_is_named_with_unit_and_level(pool: Pool) -> None:
     first, second = pool.errors(2, work.stay_away)
     assert str(second) == "was away"
     for word in ("gather of the root failed on rank 0", "nothing came from rank 1", "1-2 inside nodes"):

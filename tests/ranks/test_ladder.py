@@ -31,7 +31,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @draws(12, 80)
 @given(case=cases())
-def test_every_climb_is_a_sum_and_every_descent_brings_it_back(pool: Pool, case: Case) -> None:
+def test_every_way_up_is_a_sum_and_every_way_down_brings_it_back(pool: Pool, case: Case) -> None:
     for result in pool.run(case.world, work.there_and_back, case):
         assert all(result.values()), result
 

@@ -132,7 +132,7 @@ class Lifecycle:
         views: list[torch.Tensor] = []
         for part in unit.parts:
             watched = part.trained and differentiated
-            views += whole(self._anchor, part.views, partial(self._finish, unit)) if watched else part.views
+            views += whole(self._anchor, part.views, partial(self._gradients_came, unit)) if watched else part.views
         unit.views.show(views)
         inputs = None
         if unit.number == 0 and self._scaling is not None:
@@ -140,11 +140,11 @@ class Lifecycle:
         if unit.number == 0 and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if differentiated and unit.parts and not unit.trains:
-            watch_inputs(inputs or (args, kwargs), partial(self._finish, unit, ()))
+            watch_inputs(inputs or (args, kwargs), partial(self._gradients_came, unit, ()))
         return inputs
 
     def after_forward(self, unit: Unit, outputs: Any) -> Any:
-        """Release the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
+        """Reshard the unit, and arrange for its backward to gather it again; return the outputs, if they changed."""
         # A hook of the user's may have raised before ours ran: then there is nothing to leave.
         if self.phase is Phase.OPEN or not self._entered or self._entered[-1] is not unit:
             return None
@@ -244,7 +244,7 @@ class Lifecycle:
         # knows how many follow, so gradients wait for the clip or step.
         return self.micro_step is MicroStep.LAST and not self._unannounced
 
-    def _finish(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
+    def _gradients_came(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
         """The gradients of a unit's parameters are there, or of its inputs, where none is trained."""
         if not unit.users:
             raise LifecycleError(
@@ -272,6 +272,7 @@ class Lifecycle:
         for unit, _ in self._taken:  # reached, but no gradient came for its parameters
             unit.show_slices()
             self._gatherer.reshard(unit, keep=False)
+        self._taken.clear()  # at once: what follows may raise, and then no unit is to be left twice
         if self.micro_step is MicroStep.MORE_FOLLOW:
             self._prefetch()
         else:

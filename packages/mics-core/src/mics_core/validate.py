@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -15,12 +15,15 @@ from mics_core.comm.agreed import on_all_ranks
 from mics_core.comm.world import World
 from mics_core.errors import ConfigError
 from mics_core.registry import is_sharded
-from mics_core.spec.formula import ROOM, check_kinds, fitting, formula
+from mics_core.spec.formula import Formula, check_kinds, formula
 from mics_core.spec.sharding import Precision, Sharding
-from mics_core.spec.topology import Rungs, Topology
+from mics_core.spec.topology import Rungs, Topology, shardings
 from mics_core.spec.units import UnitRule, UnitSpec, find
 from mics_core.unit.materialize import check_meta
 from mics_core.unit.slices import has_hook
+
+ROOM = 0.6
+"""The share of a rank's memory that "auto" fills with state, gathered units and buffers: activations are unknown."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class _Said:
     request: dict[str, object]
     digest: str
     node: str
-    memory: int  # were it alone on its machine
+    memory: int  # were it alone on its machine; 0 if nobody asks
 
 
 def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSpec], Rungs, Sharding]:
@@ -53,8 +56,9 @@ def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSp
         units.extend(_checked_units(model, request))
         resolved = request.sharding if request.sharding == "auto" else request.sharding.resolve(world.size)
         compared = {name: value for name, value in vars(request).items() if name != "units"} | {"sharding": resolved}
+        memory = comm.rank_memory(world.device, 1) if request.sharding == "auto" else 0
         digest = hashlib.sha256(repr(_describe(units)).encode()).hexdigest()
-        return _Said(compared, digest, comm.node_name(), comm.rank_memory(world.device, 1))
+        return _Said(compared, digest, comm.node_name(), memory)
 
     said = on_all_ranks(world, "shard", mine)
     _check_alike([each.request for each in said], world.ranks)
@@ -75,8 +79,28 @@ def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSp
     return units, Rungs.of(sharding, topology), sharding
 
 
+def fitting(whole: Formula, room: int) -> Sharding:
+    """The sharding that cuts least of those whose bytes, activations apart, fit in so much room."""
+    topology = whole.rungs.topology
+    needed = {}
+    for sharding in shardings(topology):
+        needed[sharding] = replace(whole, sharding=sharding, rungs=Rungs.of(sharding, topology)).memory()
+        if needed[sharding] <= room:
+            return sharding
+    raise ConfigError(
+        f'shard: no sharding over {topology.world} ranks fits: "auto" found {min(needed.values()) / 1e9:.2f} GB at '
+        f"least, and {room / 1e9:.2f} GB of a rank's memory for all but activations: use more ranks or smaller units, "
+        "or choose a sharding yourself"
+    )
+
+
 def _check_request(model: nn.Module, request: Request) -> None:
-    check_kinds("shard", model, request.sharding, request.precision)
+    sharding = request.sharding
+    if not (isinstance(sharding, Sharding) or sharding == "auto"):
+        raise ConfigError(
+            f'shard: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8), or "auto"'
+        )
+    check_kinds("shard", model, Sharding.ddp(), request.precision)
     per_node, prefetch = request.ranks_per_node, request.prefetch_bytes
     if per_node is not None and type(per_node) is not int:  # True is one, too
         raise ConfigError(f"shard: ranks_per_node is {per_node!r}, expected a number of ranks, or None")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
+from mics_core.checkpoint.agreed import on_all_ranks, together
 from mics_core.checkpoint.contents import Cut, Name, own_name
 from mics_core.checkpoint.folder import path_of
 from mics_core.checkpoint.optimizer_state import Wanted
@@ -20,7 +21,6 @@ from mics_core.checkpoint.random_numbers import of_numpy, restore
 from mics_core.checkpoint.reading import Stored
 from mics_core.checkpoint.runs import go_on_with
 from mics_core.checkpoint.saving import EXTRA, wait_for_saves
-from mics_core.comm.agreed import on_all_ranks, together
 from mics_core.errors import ConfigError
 from mics_core.lifecycle import Phase
 from mics_core.registry import Runtime

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Cut, Name
 from mics_core.checkpoint.finding import find, or_another
 from mics_core.checkpoint.index import read_index
 from mics_core.checkpoint.manifest import INDEX, MANIFEST, Damaged, Entry, Manifest, measured
 from mics_core.checkpoint.opened import Opened
 from mics_core.checkpoint.plain import unpacked
-from mics_core.comm.at_disk import Task
 
 _THREADS = 4
 """What is read is copied twice, so one thread is slower than a disk."""

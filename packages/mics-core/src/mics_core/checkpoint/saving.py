@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from mics_core import registry
 from mics_core.checkpoint import model_state, optimizer_state
+from mics_core.checkpoint.agreed import on_all_ranks, together
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.contents import Contents, Name
 from mics_core.checkpoint.folder import Place, path_of
 from mics_core.checkpoint.host_memory import copies
@@ -25,8 +27,6 @@ from mics_core.checkpoint.plain import digest, packed
 from mics_core.checkpoint.random_numbers import random_state
 from mics_core.checkpoint.runs import runs_of
 from mics_core.checkpoint.writing import Written, write, write_index
-from mics_core.comm.agreed import on_all_ranks, together
-from mics_core.comm.at_disk import Task
 from mics_core.comm.world import World
 from mics_core.errors import ConfigError, LifecycleError
 from mics_core.registry import Runtime

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mics_core import registry
 from mics_core.checkpoint import model_state
+from mics_core.checkpoint.agreed import on_all_ranks, together
 from mics_core.checkpoint.safetensors import Files
 from mics_core.checkpoint.saving import wait_for_saves
 from mics_core.checkpoint.weight_files import open_weights
-from mics_core.comm.agreed import on_all_ranks, together
 from mics_core.errors import ConfigError
 from mics_core.lifecycle import Phase
 from mics_core.registry import Runtime

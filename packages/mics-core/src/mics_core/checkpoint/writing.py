@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from mics_core.checkpoint.at_disk import Task
 from mics_core.checkpoint.boxes import Box
 from mics_core.checkpoint.contents import Contents, Cut, Name, own_name
 from mics_core.checkpoint.folder import naming, write_durably
 from mics_core.checkpoint.manifest import INDEX, Entry, measure
-from mics_core.comm.at_disk import Task
 from mics_core.spec.topology import Rungs
 
 _LARGE = 1 << 20  # bytes that are worth another thread, which adds them up while they are written

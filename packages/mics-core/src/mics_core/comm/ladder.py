@@ -45,15 +45,6 @@ class Route(Enum):
 _LANES = {(route, scope): f"{route.value}, {scope.value}" for route in Route for scope in Scope}
 """What lanes are called in messages."""
 
-ROUTES = {
-    "gather": Route.GATHER,
-    "hop 1": Route.HOP1,
-    "hop 2": Route.HOP2,
-    "sync": Route.REFRESH,
-    "refresh": Route.REFRESH,
-}
-"""Which way an action of the formula goes."""
-
 Finish = Callable[[list[torch.Tensor]], None]
 
 

@@ -95,12 +95,12 @@ class TransferOrder:
 
     def compare(self) -> None:
         """Raise on all ranks if they have done different things since they last compared; the host waits."""
-        asked = self.question()
-        self.check(asked, self._world.max_async(asked.numbers, "comparing what ranks did").read())
+        question = self.question()
+        self.check(question, self._world.max_async(question.numbers, "comparing what ranks did").read())
 
     def question(self) -> Question:
-        """Numbers for `World.ask`, which finds the largest of all ranks': a digest of what all have in common, and a
-        place for each copy's digest of gathers, of which this rank fills its own.
+        """Numbers for `World.max_async`, which finds the largest of all ranks': a digest of what all have in common,
+        and a place for each copy's digest of gathers, of which this rank fills its own.
         """
         gathers, others = self._gathers.take(), self._others.take()
         numbers = _with_complement(others.digest)
@@ -108,13 +108,13 @@ class TransferOrder:
             numbers += _with_complement(gathers.digest) if copy == self._copy else [0] * (2 * _DIGEST)
         return Question(numbers, gathers, others)
 
-    def check(self, asked: Question, largest: Sequence[int]) -> None:
+    def check(self, question: Question, largest: Sequence[int]) -> None:
         """Raise on all ranks if some differ that must not, given the largest numbers of all ranks."""
         size = 2 * _DIGEST
         alike = [_is_alike(largest[place : place + size]) for place in range(0, len(largest), size)]
         if all(alike):
             return
-        mine = asked.gathers.lanes, asked.others.lanes
+        mine = question.gathers.lanes, question.others.lanes
         told: list[tuple[Lanes, Lanes]] = self._world.all_gather_object(mine, "comparing orders")
         if not alike[0]:
             raise _difference([others for _, others in told], self._world.ranks)

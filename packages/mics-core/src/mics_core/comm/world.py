@@ -306,12 +306,10 @@ def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
 
 
 def rank_memory(device: torch.device, ranks_per_node: int) -> int:
-    """Bytes of a rank's GPU, or its share of the machine whose CPUs ranks share, less what torch and NCCL take."""
+    """Bytes of a rank's GPU, or its share of the machine whose CPUs ranks share."""
     if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-    else:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
-    return int(0.92 * whole)
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
 
 
 def check_placement(names: Sequence[str], per_node: int, ranks: Sequence[int]) -> None:

@@ -128,7 +128,7 @@ class AdamW(torch.optim.Optimizer):
             if unit in present:
                 self._update(unit, state, clip, skip)
                 runtime.gatherer.refresh(unit)
-        stepping.finish(runtime, present)
+        stepping.stepped(runtime, present)
         return loss
 
     def _update(self, unit: Unit, state: _State, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:

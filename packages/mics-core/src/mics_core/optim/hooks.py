@@ -63,7 +63,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
             for unit in present:
                 unit.trained.round_master()
                 runtime.gatherer.refresh(unit)
-            stepping.finish(runtime, present)
+            stepping.stepped(runtime, present)
 
 
 def _runtimes(optimizer: Optimizer) -> list[Runtime]:

@@ -42,7 +42,7 @@ def begin(runtime: Runtime, optimizer: Optimizer) -> list[Unit]:
     return present
 
 
-def finish(runtime: Runtime, present: list[Unit]) -> None:
+def stepped(runtime: Runtime, present: list[Unit]) -> None:
     """The optimizer has used these gradients."""
     if runtime.reducer.stepped() and runtime.scaling is not None:
         overflow = runtime.clipping.overflow(present)

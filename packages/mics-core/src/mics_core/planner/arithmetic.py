@@ -46,7 +46,7 @@ class Arithmetic:
     def __init__(self, cluster: Cluster, candidate: Candidate, system: System) -> None:
         self._candidate = candidate
         self._bandwidth = cluster.memory_bandwidth
-        self._host = cluster.host.get(system.value, 0.0) / 2
+        self.host = cluster.host.get(system.value, 0.0) / 2
         self._speed = peak(cluster, candidate.precision) * cluster.efficiency
 
     def unit(self, unit: UnitWork, *, root: bool = False) -> Work:
@@ -57,7 +57,7 @@ class Arithmetic:
         # What only passes on gradients of its inputs has one product in its backward, not two.
         products = 2 if unit.size.trained else 1
         again = 1 if self._candidate.recompute and not root else 0
-        return Work(forward, (products + again) * forward, 0.0 if not weights else self._host)
+        return Work(forward, (products + again) * forward, 0.0 if not weights else self.host)
 
     def pack(self, elements: int, *, travels: bool, first: bool) -> float:
         """Gradients into the buffer that they travel from, or onto their sum where they do not."""

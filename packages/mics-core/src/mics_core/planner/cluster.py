@@ -55,6 +55,10 @@ class Link:
             )
 
 
+USABLE = 0.9
+"""The share of a rank's memory that a cluster counts: torch, NCCL and what an allocator loses take the rest."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Nodes of one kind. Bandwidths are what programs reach, not what data sheets promise, where that is known."""

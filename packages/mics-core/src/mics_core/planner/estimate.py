@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mics_core.comm.ladder import ROUTES, track
+from mics_core.comm.ladder import Route, track
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster, Transport
@@ -22,6 +22,15 @@ from mics_core.spec.formula import Formula
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
+
+_ROUTES = {
+    "gather": Route.GATHER,
+    "hop 1": Route.HOP1,
+    "hop 2": Route.HOP2,
+    "sync": Route.REFRESH,
+    "refresh": Route.REFRESH,
+}
+"""Which way an action of the formula goes."""
 
 _UNCOVERED = 0.1
 """Of what the longest work of a phase could cover, so much stays uncovered: the first and the last units' part."""
@@ -82,7 +91,7 @@ class _Transfers:
         collective = "reduce" if action.startswith("hop") else "gather"
         for level, piece in levels:
             peers, scope = rungs.peers(0, level), rungs.scope(level)
-            moves = found[f"{track(rungs, ROUTES[action], scope)}, {scope.value}"]
+            moves = found[f"{track(rungs, _ROUTES[action], scope)}, {scope.value}"]
             moves.append(self._collectives.send(collective, peers, piece))
             if collective == "reduce" and (self._sums_itself or level == levels[-1][0]):
                 parts = len(peers) if self._sums_itself else 1

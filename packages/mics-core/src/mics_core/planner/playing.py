@@ -26,6 +26,7 @@ class Ours:
         self._collectives = collectives
         arithmetic = Arithmetic(collectives.cluster, candidate, System.MICS)
         self._seconds: dict[str, tuple[str, float]] = {}
+        self._update = arithmetic.host  # that the host takes for a unit's
         self._names = {"the root": workload.root.name}  # of units, by what the stand-in calls them
         for number, unit in enumerate((workload.root, *workload.units)):
             work = arithmetic.unit(unit, root=number == 0)
@@ -39,7 +40,7 @@ class Ours:
     def step(self, micro_steps: int) -> list[Task]:
         """One optimizer step; the last computation of every micro-step, and of the step."""
         before, entries = record(self._recorded, micro_steps)
-        step = _Step(self._program, self._collectives, self._seconds, self._names)
+        step = _Step(self._program, self._collectives, self._seconds, self._names, self._update)
         ends = step.play(entries, self._earlier(before))
         self._done = list(step.done.values())
         return ends
@@ -59,11 +60,13 @@ class _Step:
         collectives: Collectives,
         seconds: Mapping[str, tuple[str, float]],
         names: Mapping[str, str],
+        update: float,
     ) -> None:
         self._program = program
         self._collectives = collectives
         self._seconds = seconds
         self._names = names
+        self._update = update
         self.done: dict[int, Task | None] = {}  # what an event stands for; None if that was there before
         self._after: list[Task | None] = []  # for which the computation waits
         self._last: Task | None = None  # of the computation
@@ -83,7 +86,8 @@ class _Step:
             elif entry.stream != COMPUTE:
                 self._jobs[entry.stream][1].append(self._move(entry))
             elif entry.kind is Kind.MEMORY:
-                self._compute(entry.what, self._collectives.memory(entry.count))
+                host = self._update if entry.what == "adamw" else 0.0
+                self._compute(entry.what, self._collectives.memory(entry.count) + host)
             else:
                 task = self._compute(*self._seconds.get(entry.what, (entry.what, 0.0)))
                 if entry.what == END:

@@ -11,7 +11,7 @@ import torch
 
 from mics_core.comm.world import rank_memory
 from mics_core.errors import ConfigError
-from mics_core.planner.cluster import Cluster, Link, Transport
+from mics_core.planner.cluster import USABLE, Cluster, Link, Transport
 
 THIS = "this machine"
 GIB = 2**30
@@ -50,7 +50,7 @@ def _p3dn() -> Cluster:
         name="p3dn.24xlarge",
         nodes=1,
         ranks_per_node=8,
-        memory=int(0.9 * 32 * GIB),
+        memory=int(USABLE * 32 * GIB),
         flops={"float16": 125e12, "float32": 15.7e12},
         memory_bandwidth=0.9 * 900e9,
         intra=Link(128e9, 3.4e-6),
@@ -74,7 +74,7 @@ def _p4(name: str, memory: int, memory_bandwidth: float) -> Cluster:
         name=name,
         nodes=1,
         ranks_per_node=8,
-        memory=int(0.9 * memory),
+        memory=int(USABLE * memory),
         flops=_A100,
         memory_bandwidth=0.9 * memory_bandwidth,
         intra=Link(235e9, 3.4e-6),
@@ -98,7 +98,7 @@ def _h100(name: str, latency: float, source: str) -> Cluster:
         name=name,
         nodes=1,
         ranks_per_node=8,
-        memory=int(0.9 * 80 * GIB),
+        memory=int(USABLE * 80 * GIB),
         flops=_H100,
         memory_bandwidth=0.9 * 3350e9,
         intra=Link(361e9, 3.4e-6),
@@ -147,14 +147,14 @@ def this_machine() -> Cluster:
         name=THIS,
         nodes=1,
         ranks_per_node=ranks,
-        memory=rank_memory(device, ranks),
+        memory=int(USABLE * rank_memory(device, ranks)),
         flops={name: share * _product_rate(device, getattr(torch, name)) for name in names},
         memory_bandwidth=share * _copy_rate(device),
         intra=intra,
         inter=inter,
         efficiency=0.8,
         sources={
-            "memory": "looked up, less what torch and others take",
+            "memory": "looked up, of which a tenth is left to others",
             "flops": "one matrix product, measured",
             "memory_bandwidth": "one copy, measured",
             "intra": guess,

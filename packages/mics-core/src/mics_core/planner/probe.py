@@ -14,7 +14,7 @@ import torch
 from mics_core.comm.groups import Group
 from mics_core.comm.world import World, init, node_name, rank_memory, ranks_per_node
 from mics_core.errors import ConfigError
-from mics_core.planner.cluster import Cluster, Link, Table, Transport
+from mics_core.planner.cluster import USABLE, Cluster, Link, Table, Transport
 from mics_core.planner.progress import Progress
 
 EFFICIENCY = 0.55
@@ -61,7 +61,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
             intra.bandwidth,
             per_node,
         )
-    memory = min(world.all_gather_object(rank_memory(device, per_node), "probe"))
+    memory = min(world.all_gather_object(int(USABLE * rank_memory(device, per_node)), "probe"))
     said = f"measured by mics probe{' --quick' if quick else ''} on {world.size} ranks"
     sources = dict.fromkeys(("memory", "flops", "memory_bandwidth", "intra", "inter"), said)
     if per_node == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
@@ -12,11 +12,8 @@ from torch import nn
 from mics_core.errors import ConfigError
 from mics_core.spec.layout import Layout
 from mics_core.spec.sharding import Precision, Sharding
-from mics_core.spec.topology import Rungs, Topology, shardings
+from mics_core.spec.topology import Rungs, Topology
 from mics_core.spec.units import Member, UnitRule, UnitSpec, find
-
-ROOM = 0.6
-"""The share of a rank's memory that "auto" fills with state, gathered units and buffers: activations are unknown."""
 
 
 @dataclass
@@ -168,29 +165,11 @@ def forecast(
     return formula(find(model, units), resolved, precision, Topology(ranks, ranks_per_node))
 
 
-def fitting(whole: Formula, room: int) -> Sharding:
-    """The sharding that cuts least of those whose bytes, activations apart, fit in so much room."""
-    topology = whole.rungs.topology
-    needed = {}
-    for sharding in shardings(topology):
-        needed[sharding] = replace(whole, sharding=sharding, rungs=Rungs.of(sharding, topology)).memory()
-        if needed[sharding] <= room:
-            return sharding
-    raise ConfigError(
-        f'shard: no sharding over {topology.world} ranks fits: "auto" found {min(needed.values()) / 1e9:.2f} GB at '
-        f"least, and {room / 1e9:.2f} GB of a rank's memory for all but activations: use more ranks or smaller units, "
-        "or choose a sharding yourself"
-    )
-
-
 def check_kinds(caller: str, model: object, sharding: object, precision: object) -> None:
     """Raise unless these are what they are called."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{caller}: the model is {model!r}, expected a torch.nn.Module")
-    if not isinstance(sharding, Sharding) and not (caller == "shard" and sharding == "auto"):
-        raise ConfigError(
-            f"{caller}: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)"
-            + (', or "auto"' if caller == "shard" else "")
-        )
+    if not isinstance(sharding, Sharding):
+        raise ConfigError(f"{caller}: sharding is {sharding!r}, expected a mics.Sharding such as Sharding.mics(8)")
     if not isinstance(precision, Precision):
         raise ConfigError(f"{caller}: precision is {precision!r}, expected a mics.Precision such as Precision.bf16()")

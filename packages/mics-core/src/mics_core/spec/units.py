@@ -78,7 +78,7 @@ def find(model: nn.Module, rule: UnitRule | None) -> list[UnitSpec]:
     return [
         UnitSpec(name, module, tuple(members[name, True]), tuple(members[name, False]))
         for name, module in modules.items()
-        if members[name, True] or members[name, False] or not name  # the root conducts, even with none of its own
+        if members[name, True] or members[name, False] or not name  # the root is a unit, even with none of its own
     ]
 
 

@@ -44,7 +44,7 @@ class Shards:
         self.degrees = sharding
         size, p, device = layout.size, sharding.params, world.device
         o = sharding.optimizer if trained else p
-        # Zeros, because the padding between parameters takes part in norms, updates and comparisons.
+        # Zeros, because the padding between parameters takes part in comparisons, and in norms of gradients.
         self.flat = torch.zeros(size, dtype=precision.compute, device=device)
         self._storage = self.flat.untyped_storage()
         self._bytes = self._storage.nbytes()
@@ -95,13 +95,15 @@ class Shards:
         """Give `flat` its memory, with nothing in it."""
         if not self.rests:
             self._storage.resize_(self._bytes)
-            self._taken_on = self._streams and self._streams.current_stream()
+            self._taken_on = self._streams and self._streams.current_stream(self.flat.device)
 
     def free(self) -> None:
         """Take the memory of `flat` away; views of it, also those that autograd saved, stay valid for the next time."""
         if not self.rests:
             # The memory goes back to the stream that took it, which must not give it away before this one is done.
-            if self._taken_on is not None and self._taken_on != (here := self._streams.current_stream()):
+            if self._taken_on is not None and self._taken_on != (
+                here := self._streams.current_stream(self.flat.device)
+            ):
                 self._taken_on.wait_stream(here)
             self._storage.resize_(0)
 

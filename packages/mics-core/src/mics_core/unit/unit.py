@@ -41,7 +41,9 @@ class Unit:
         self.views = ParamViews(self.parts)
         self.nbytes = sum(part.nbytes for part in self.parts)
         self.rests = all(part.rests for part in self.parts)  # with P = 1 whole units stay in memory
-        self.kept: list[tuple[dict[str, Any], str]] | None = None  # attributes that hold outputs; None: not looked yet
+        self.left_behind: list[tuple[dict[str, Any], str]] | None = (
+            None  # attributes that hold outputs; None: not looked yet
+        )
 
         self.state = ShardedState.UNSHARDED if self.rests else ShardedState.SHARDED
         self.users = 0  # forwards and backwards that are using it now

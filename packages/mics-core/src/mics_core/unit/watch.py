@@ -58,10 +58,10 @@ def _left_behind(unit: Unit) -> Iterator[torch.Tensor]:
 
     The first forward looks everywhere, later ones where it found some.
     """
-    if unit.kept is None:
+    if unit.left_behind is None:
         attributes = ((vars(module), name) for module in unit.module.modules() for name in list(vars(module)))
-        unit.kept = [(kept, name) for kept, name in attributes if _has_graph(kept[name])]
-    for kept, name in unit.kept:
+        unit.left_behind = [(kept, name) for kept, name in attributes if _has_graph(kept[name])]
+    for kept, name in unit.left_behind:
         if _has_graph(kept.get(name)):
             yield kept[name]
 

@@ -34,6 +34,8 @@ def reference(
 ) -> None:
     """What `accumulate` does, in torch."""
     parts = _check(acc, chunks)
+    if acc.is_meta:
+        return  # there is nothing to compute
     if len(parts) == 1 and overwrite:
         copy_scaled(parts[0], acc, scale)
     elif acc.numel() <= SCRATCH or (len(parts) == 1 and parts[0].dtype == acc.dtype):
@@ -163,8 +165,6 @@ def accumulate(
     >>> acc
     tensor([3., 4.])
     """
-    if acc.is_meta:
-        return None  # there is nothing to compute
     if not backend(acc.device).is_triton:
         return reference(acc, chunks, scale, overwrite=overwrite)
     return _launch(acc, chunks, scale, overwrite=overwrite)

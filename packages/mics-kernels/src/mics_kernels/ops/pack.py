@@ -24,6 +24,8 @@ from mics_kernels.tables import pointer_table
 def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `pack` does, in torch."""
     placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
+    if out.is_meta:
+        return  # there is nothing to compute
     if scale == 1.0 and placement.joinable:
         pieces = [zeros if zeros is not None else flattened(tensors[t]) for t, zeros in placement.joinable]
         torch.cat(pieces, out=out)
@@ -139,8 +141,6 @@ def pack(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[i
     >>> flat
     tensor([1., 2., 0., 3., 4., 0.])
     """
-    if out.is_meta:
-        return None  # there is nothing to compute
     if not backend(out.device).is_triton:
         return reference(tensors, out, offsets, scale)
     return _launch(tensors, out, offsets, scale)

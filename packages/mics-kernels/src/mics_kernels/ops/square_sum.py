@@ -39,6 +39,8 @@ class SquareSum(NamedTuple):
 def reference(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum:
     """What `square_sum` does, in torch."""
     wide = _check(flat, out)
+    if flat.is_meta:
+        return SquareSum(*(flat.new_empty(2, dtype=wide) if out is None else out))
     if flat.dtype == wide:
         total = _sum_of_squares(flat)
     else:  # a part at a time, so that a cache still holds what is converted when it is squared
@@ -153,8 +155,6 @@ def square_sum(flat: torch.Tensor, out: torch.Tensor | None = None) -> SquareSum
     >>> square_sum(torch.tensor([3.0, 4.0]))
     SquareSum(sum=tensor(25.), nonfinite=tensor(0.))
     """
-    if flat.is_meta:
-        return SquareSum(*flat.new_empty(2, dtype=torch.float32))
     if not backend(flat.device).is_triton:
         return reference(flat, out)
     return _launch(flat, out)

@@ -46,7 +46,7 @@ def rows(settings: Settings, config: Config, corpus: Corpus, forecast: Forecast)
         "sharding": f"parameters cut into {p}, gradients into {g}, optimizer state into {o}",
         "memory": f"{_mb(sum(forecast.at_rest.values()))} a rank at rest ({resting}), up to {_mb(forecast.gathered)} "
         f"of gathered units, {_mb(forecast.working)} for gradients on their way, and the activations",
-        "traffic": f"a rank sends in a step {sent + ' (rungs: 1-2 is from 1 piece to 2)' if sent else 'nothing'}",
+        "traffic": f"a rank sends in a step {sent + ' (levels: 1-2 is from 1 piece to 2)' if sent else 'nothing'}",
         "batch": f"{batch.samples} samples of {batch.seq} = {tokens:,} tokens a step, in {batch.micro_steps} "
         "micro-steps",
         "schedule": f"{schedule.steps} steps, {tokens * schedule.steps:,} tokens; AdamW at {settings.optimizer.lr:g}, "
