@@ -57,7 +57,11 @@ class Program:
 
     def add(self, kind: Kind, what: str = "", count: int = 0, peers: tuple[int, ...] = ()) -> None:
         """The current stream is asked for this."""
-        self.entries.append(Entry(self._current.name, kind, what, count, peers))
+        self.note(Entry(self._current.name, kind, what, count, peers))
+
+    def note(self, entry: Entry) -> None:
+        """Write it down; the one place where entries come in."""
+        self.entries.append(entry)
 
     def number(self) -> int:
         """Of the next event or question."""
@@ -94,7 +98,7 @@ class RecordedStream:
 
     def wait_event(self, event: RecordedEvent) -> None:
         """What follows here comes after what the event stands for."""
-        self._program.entries.append(Entry(self.name, Kind.WAIT, count=event.number))
+        self._program.note(Entry(self.name, Kind.WAIT, count=event.number))
 
     def wait_stream(self, other: RecordedStream) -> None:
         """What follows here comes after all that the other stream has been asked for."""
@@ -113,7 +117,7 @@ class RecordedEvent:
     def record(self, stream: RecordedStream) -> None:
         """It stands for all that the stream has been asked for."""
         self.number = self._program.number()
-        self._program.entries.append(Entry(stream.name, Kind.RECORD, stream.job, self.number))
+        self._program.note(Entry(stream.name, Kind.RECORD, stream.job, self.number))
 
 
 class _RecordedLane(StreamLane):
@@ -168,9 +172,17 @@ class RecordedCounters(Counters):
 class RecordedWorld(World):
     """One rank of so many, all of which say what this one says; its groups sum as NCCL does, or leave that to us."""
 
-    def __init__(self, size: int, rank: int = 0, device: torch.device | str = "cpu", *, sums: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        sums: bool = True,
+        program: Program | None = None,
+    ) -> None:
         self._sums = sums
-        self.program = Program()
+        self.program = Program() if program is None else program
         self.streams = self.program
         self.device = torch.device(device)
         self.ranks, self.rank, self.size, self.whole = tuple(range(size)), rank, size, False

@@ -94,8 +94,9 @@ class Shards:
     def allocate(self) -> None:
         """Give `flat` its memory, with nothing in it."""
         if not self.rests:
-            self._storage.resize_(self._bytes)
+            # Before the memory comes: here a recording sees what was freed.
             self._taken_on = self._streams and self._streams.current_stream(self.flat.device)
+            self._storage.resize_(self._bytes)
 
     def free(self) -> None:
         """Take the memory of `flat` away; views of it, also those that autograd saved, stay valid for the next time."""
