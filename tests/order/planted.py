@@ -200,7 +200,9 @@ FAULTS: dict[str, PlantedFault] = {
     "a gather's end is not waited for": PlantedFault(Gatherer, "wait_unshard", _unwaited),
     "a lane does not wait for its caller": PlantedFault(StreamLane, "submit", _submit(waits=False)),
     "a gather does not wait for the refresh": PlantedFault(Gatherer, "_start", _start_before_refresh),
-    "a unit is freed before it has arrived": PlantedFault(Gatherer, "free", _free_before_arrival, "changing"),
+    "a unit is freed before it has arrived": PlantedFault(
+        Gatherer, "free", _free_before_arrival, "changing", Setting((4, 4, 4))
+    ),
     "a ring's buffer is filled while it travels": PlantedFault(_Ring, "next", _never_busy),
     "a lane does not wait for what comes before": PlantedFault(StreamLane, "submit", _submit(after=False)),
     "an event is recorded before its job": PlantedFault(StreamLane, "submit", _submit(early=True)),
@@ -232,10 +234,14 @@ FAULTS: dict[str, PlantedFault] = {
     "DeepSpeed#8061: a lane waits for the default stream alone": PlantedFault(
         StreamLane, "submit", _submit(waits_for_default=True), "own_stream"
     ),
-    "pytorch#177098: two lanes share a communicator": PlantedFault(Ladder, "reduce_scatter", _over_the_gathers_groups),
+    "pytorch#177098: two lanes share a communicator": PlantedFault(
+        Ladder, "reduce_scatter", _over_the_gathers_groups, unseen_by_players=True
+    ),
     # Of the rules that are left.
     "ranks gather ahead in different orders": PlantedFault(
         Gatherer, "prefetch", _past_the_next_on_odd_ranks, between_ranks=True
     ),
-    "the host reads answers before they are there": PlantedFault(Answers, "read", lambda self: self.numbers.tolist()),
+    "the host reads answers before they are there": PlantedFault(
+        Answers, "read", lambda self: self.numbers.tolist(), unseen_by_players=True
+    ),
 }

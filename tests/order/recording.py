@@ -211,6 +211,11 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self._recording = recording
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs, and its operators are seen; else torch would run the code that was compiled."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._recording.operator(func, args, kwargs or {})
 

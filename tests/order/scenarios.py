@@ -263,11 +263,9 @@ def compiled(setting: Setting, world: WatchedWorld) -> list[Any]:
         model.blocks[1].compile(backend="aot_eager")
 
     trainer = Trainer(setting, world, compile_it)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), world.recording.on(trainer.model):
         warnings.simplefilter("ignore")  # the compiler's own
-        trainer.step()  # compiles, with nobody looking
-    with world.recording.on(trainer.model):
-        for _ in range(2):
+        for _ in range(STEPS):
             trainer.step()
     return [trainer]
 
