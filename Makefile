@@ -92,7 +92,7 @@ bench-report: setup ## Renew the measured tables of README and docs from the res
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
 gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need: ten minutes.
-	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, torch, triton' 2>/dev/null; \
+	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, safetensors, torch, triton' 2>/dev/null; \
 	then py=$(GPU_PYTHON); else tools/setup.sh && py=$(PY) || exit 1; fi; \
 	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)
 

@@ -1,7 +1,7 @@
-"""The safetensors format: written tensor by tensor, read by mapping files into memory.
+"""The safetensors format: written tensor by tensor, which its library cannot, and read by the library.
 
-It needs no library: the length of a header, the header, which is JSON and says where each tensor lies, and the tensors'
-bytes, one after another. There is no checksum.
+A file is the length of a header, the header, which is JSON and says where each tensor lies, and the tensors' bytes, one
+after another. There is no checksum.
 """
 
 from __future__ import annotations
@@ -13,30 +13,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mics_core.errors import ConfigError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
-"""By what the format calls them."""
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What the format calls the dtypes of weights."""
 
 _ALIGNED = 8
 """Tensors begin at a multiple of so many bytes of the file."""
@@ -89,86 +88,57 @@ def _put(file: BinaryIO, entry: Entry, tensor: Tensor) -> None:
         file.write((ctypes.c_char * entry.bytes).from_address(tensor.data_ptr()))
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A tensor in a file."""
-
-    entry: Entry
-    path: Path
-    raw: Tensor  # the bytes, in mapped memory
-
-
 class Files(Mapping[str, Tensor]):
     """The tensors of some files, which lie in memory that is read from the disk where it is used, and never written."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._placed: dict[str, _Placed] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._paths: dict[str, Path] = {}
         for path in paths:
-            for name, placed in _placed(path).items():
-                if name in self._placed:
+            for name, tensor in _mapped(path).items():
+                if name in self._tensors:
                     raise ConfigError(
-                        f"load_weights: {name} is in {self._placed[name].path} and in {path}, expected it once: "
+                        f"load_weights: {name} is in {self._paths[name]} and in {path}, expected it once: "
                         "remove one of the files"
                     )
-                self._placed[name] = placed
+                self._tensors[name], self._paths[name] = tensor, path
 
     def __getitem__(self, name: str) -> Tensor:
-        placed = self._placed[name]
-        raw, entry = placed.raw, placed.entry
-        if not entry.bytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        if raw.storage_offset() % entry.dtype.itemsize:
-            raw = raw.clone()  # files of others may begin anywhere, torch's tensors may not
-        return raw.view(entry.dtype).view(entry.shape)
+        tensor = self._tensors[name]
+        # files of others may begin anywhere, torch's tensors may not
+        return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._placed)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._placed)
+        return len(self._tensors)
 
     def meta(self, name: str) -> Tensor:
         """Its shape and dtype, as a tensor without memory."""
-        entry = self._placed[name].entry
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        return self._tensors[name].to("meta")
 
     def path(self, name: str) -> Path:
         """The file that holds it."""
-        return self._placed[name].path
+        return self._paths[name]
 
 
-def _placed(path: Path) -> dict[str, _Placed]:
+def _mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, which is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= size - 8 else b""
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        said = sorted(
-            (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-            for name, entry in header.items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"has {size} bytes and no sound header of {length}") from error
-    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-    placed: dict[str, _Placed] = {}
-    at = 0
-    for begin, end, name, dtype, shape in said:
-        if dtype not in DTYPES:
+        file: Any = safe_open(path, "pt")
+        # all at once, which reads none: one that is made between two copies takes the library eight times as long
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"load_weights: {path} cannot be read ({reason}), expected a whole safetensors file: fetch or write it "
+            "again"
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
             raise ConfigError(
-                f"load_weights: {name} is {dtype!r} in {path}, expected one of {', '.join(DTYPES)}: convert the file"
+                f"load_weights: {name} is {tensor.dtype} in {path}, expected one of {', '.join(map(str, NAMES))}: "
+                "convert the file"
             )
-        entry = Entry(name, shape, DTYPES[dtype])
-        if begin != at or end != at + entry.bytes or min(shape, default=0) < 0:
-            raise _damaged(path, f"has {name}, {shape} of {dtype}, at bytes {begin} to {end} after {at}")
-        placed[name] = _Placed(entry, path, mapped[begin:end])
-        at = end
-    if at != len(mapped):
-        raise _damaged(path, f"has {size} bytes, and its header tells of {8 + length + at}")
-    return placed
-
-
-def _damaged(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"load_weights: {path} {what}, expected a whole safetensors file: fetch or write it again")
+    return tensors
