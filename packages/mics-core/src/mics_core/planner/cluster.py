@@ -112,7 +112,7 @@ class Cluster:
     @classmethod
     def preset(cls, name: str, nodes: int = 1) -> Cluster:
         """A known kind of nodes, such as "p4d.24xlarge"; "this machine" looks at what this process runs on."""
-        from mics_core.planner import presets  # it builds what is defined here
+        from mics_core.planner import presets  # it reads files with what is defined here
 
         return presets.find(name).with_nodes(nodes)
 
