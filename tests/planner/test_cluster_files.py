@@ -21,7 +21,7 @@ def measured() -> Cluster:
     cluster = Cluster.preset("p4d.24xlarge", nodes=3)
     return replace(
         cluster,
-        name='two "quoted" words \\ and a backslash',
+        name='two "quoted" words \\ and a backslash\r\n\x00',
         inter=Link(1.25e10, 3e-5, tables),
         transport=Transport.GLOO,
         host={"FSDP2": 1e-3},

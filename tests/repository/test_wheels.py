@@ -81,3 +81,4 @@ def test_wheels_install_and_import_in_an_empty_environment(wheels: dict[str, Pat
         code = f"import {module}; print({module}.__file__)"
         origin = run(python, "-I", "-W", "error", "-c", code, cwd=tmp_path)
         assert Path(origin.strip()).is_relative_to(site)
+    assert "DGX-H100" in run(python, "-I", "-c", "from mics_core.cli import main; main(['cluster'])", cwd=tmp_path)

@@ -3,15 +3,16 @@
 `save` writes the file and `load` reads it. `mics probe` measures one, `Cluster.preset` knows some from data sheets.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`, which would make texts of the fields' types that files are read by.
 
+import json
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from mics_core.errors import ConfigError
 from mics_core.planner.candidate import System
@@ -21,11 +22,19 @@ Made = TypeVar("Made")
 MOST_RANKS = 1 << 26
 """Counts of more are slips."""
 
-COLLECTIVES = ("gather", "reduce", "all-reduce")
-"""What tables are of."""
-
 Table = tuple[tuple[float, float], ...]
 """Bytes that one rank sends, in increasing order, and the seconds that they took."""
+
+Tables = Mapping[tuple[str, int], Table]
+"""By the Collective's value and the number of ranks that take part."""
+
+
+class Collective(Enum):
+    """What a table is of."""
+
+    GATHER = "gather"
+    REDUCE = "reduce"
+    ALL_REDUCE = "all-reduce"
 
 
 class Transport(Enum):
@@ -39,13 +48,12 @@ class Transport(Enum):
 class Link:
     """What a transfer costs: `bandwidth` and `latency`, or a measured table where there is one.
 
-    tables: by collective, of COLLECTIVES, and the number of ranks that take part. On CPUs the seconds of "reduce" are
-        without the sum of what arrives, those of "all-reduce" with it.
+    On CPUs the seconds of "reduce" are without the sum of what arrives, those of "all-reduce" with it.
     """
 
     bandwidth: float  # bytes a second in one direction: of each rank inside a node, of each node between nodes
     latency: float  # seconds of one message
-    tables: Mapping[tuple[str, int], Table] = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.bandwidth > 0 and self.latency >= 0):  # nor may they be NaN
@@ -78,12 +86,15 @@ class Cluster:
     """On CPU ranks, by System's value: seconds of the host at every unit in a micro-step; half of it in the update."""
 
     def __post_init__(self) -> None:
-        for kind, name in ((kind, name) for kind, names in _FIELDS.items() for name in names):
-            value: Any = getattr(self, name)
+        for each in fields(self):
+            value: Any = getattr(self, each.name)
+            kind: Any = get_origin(each.type) or each.type
+            if kind is float or each.name == "memory":  # 0.9 of some bytes is no int
+                kind = Real
             if not isinstance(value, kind):
-                raise ConfigError(f"Cluster: {name} is {value!r}, expected {_KINDS[kind]}: set it")
-            if kind in (int, Real) and not getattr(self, name) > 0:
-                raise ConfigError(f"Cluster: {name} is {value}, expected more than 0: set it")
+                raise ConfigError(f"Cluster: {each.name} is {value!r}, expected {_KINDS[kind]}: set it")
+            if kind in (int, Real) and not value > 0:
+                raise ConfigError(f"Cluster: {each.name} is {value}, expected more than 0: set it")
         if self.ranks > MOST_RANKS:
             raise ConfigError(
                 f"Cluster: {self.nodes} nodes of {self.ranks_per_node} ranks are {self.ranks} ranks, expected at most "
@@ -109,19 +120,19 @@ class Cluster:
         """Of all nodes."""
         return self.nodes * self.ranks_per_node
 
-    def with_nodes(self, nodes: int) -> Cluster:
+    def with_nodes(self, nodes: int) -> "Cluster":
         """The same with so many nodes."""
         return replace(self, nodes=nodes)
 
     @classmethod
-    def preset(cls, name: str, nodes: int = 1) -> Cluster:
+    def preset(cls, name: str, nodes: int = 1) -> "Cluster":
         """A known kind of nodes, such as "p4d.24xlarge"; "this machine" looks at what this process runs on."""
-        from mics_core.planner import presets  # it builds what is defined here
+        from mics_core.planner import presets  # it reads files with what is defined here
 
         return presets.find(name).with_nodes(nodes)
 
     @classmethod
-    def parse(cls, text: str) -> Cluster:
+    def parse(cls, text: str) -> "Cluster":
         """What commands are told: "p4d.24xlarge:64", a preset with nodes, or "cluster.toml:8", a file."""
         name, colon, count = str(text).rpartition(":")
         if not colon:
@@ -136,10 +147,10 @@ class Cluster:
         return cls.preset(name, int(count or 1))
 
     @classmethod
-    def load(cls, path: Path | str) -> Cluster:
+    def load(cls, path: Path | str) -> "Cluster":
         """Read what `save` wrote."""
         try:
-            text = Path(path).read_text("utf-8")
+            content = tomllib.loads(Path(path).read_text("utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(
                 f"cluster: there is no file {path}: `mics probe {path}` under torchrun measures one, and presets have "
@@ -147,13 +158,10 @@ class Cluster:
             ) from error
         except OSError as error:
             raise ConfigError(f"cluster: {path} cannot be read: {error.strerror}: name a file that can") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"cluster: {path} is no text: {error}: repair it, or measure anew") from error
-        try:
-            content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"cluster: {path} is no TOML: {error}: repair it, or measure anew") from error
-        return _Reader(str(path)).cluster(content)
+        except ValueError as error:
+            wanted = "text" if isinstance(error, UnicodeDecodeError) else "TOML"
+            raise ConfigError(f"cluster: {path} is no {wanted}: {error}: repair it, or measure anew") from error
+        return _Reader(str(path)).made(Cluster, content)
 
     def toml(self) -> str:
         """What `save` writes."""
@@ -165,107 +173,82 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """A table of a link, as a file has it."""
+
+    collective: Collective
+    ranks: int
+    bytes: list[float]
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
 class _Reader:
-    """Checks while it reads; a complaint names the file and the field."""
+    """Makes a dataclass of a TOML table, by the types of its fields; a complaint names the file and the field."""
 
     path: str
 
-    def cluster(self, content: dict[str, Any]) -> Cluster:
-        known = {
-            "name": str,
-            "nodes": int,
-            "ranks_per_node": int,
-            "memory": int,
-            "memory_bandwidth": float,
-            "efficiency": float,
-            "flops": dict,
-            "intra": dict,
-            "inter": dict,
-        }
-        optional = {"transport": str, "host": dict, "sources": dict}
-        self._check_names(content, [*known, *optional], "")
-        values: dict[str, Any] = {name: self._get(content, name, kind, "") for name, kind in known.items()}
-        values |= {name: self._get(content, name, kind, "") for name, kind in optional.items() if name in content}
-        values["flops"] = {dtype: self._get(values["flops"], dtype, float, "flops.") for dtype in values["flops"]}
-        for name in ("intra", "inter"):
-            values[name] = self._link(values[name], f"{name}.")
-        if "transport" in values:
-            values["transport"] = self._transport(values["transport"])
-        if "host" in values:
-            values["host"] = {name: self._get(values["host"], name, float, "host.") for name in values["host"]}
-        for name in values.get("sources", ()):
-            self._get(values["sources"], name, str, "sources.")
-        return self._made(lambda: Cluster(**values))
-
-    def _link(self, content: dict[str, Any], within: str) -> Link:
-        self._check_names(content, ["bandwidth", "latency", "tables"], within)
-        tables = {}
-        for entry in self._get(content, "tables", list, within) if "tables" in content else []:
-            place = f"{within}tables."
-            if not isinstance(entry, dict):
-                raise ConfigError(
-                    f"cluster: {self.path}: {place[:-1]} has {entry!r}, expected [[{place[:-1]}]] above fields"
-                )
-            self._check_names(entry, ["collective", "ranks", "bytes", "seconds"], place)
-            collective, ranks = self._get(entry, "collective", str, place), self._get(entry, "ranks", int, place)
-            if collective not in COLLECTIVES:
-                raise ConfigError(
-                    f"cluster: {self.path} has {place}collective {collective!r}, expected one of {COLLECTIVES}: choose "
-                    "one"
-                )
-            counts, seconds = self._numbers(entry, "bytes", place), self._numbers(entry, "seconds", place)
-            if len(counts) != len(seconds) or not counts or counts != sorted(set(counts)):
-                raise ConfigError(
-                    f"cluster: {self.path} has {len(counts)} bytes and {len(seconds)} seconds in {place[:-1]}, "
-                    "expected equally many, the bytes in increasing order: measure again with `mics probe`"
-                )
-            tables[collective, ranks] = tuple(zip(counts, seconds, strict=True))
-        bandwidth, latency = (self._get(content, name, float, within) for name in ("bandwidth", "latency"))
-        return self._made(lambda: Link(bandwidth, latency, tables))
-
-    def _numbers(self, content: dict[str, Any], name: str, within: str) -> list[float]:
-        given = self._get(content, name, list, within)
-        for each in given:
-            if isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each < 1 << 63:
-                raise ConfigError(
-                    f"cluster: {self.path}: {within}{name} has {repr(each)[:40]}, expected numbers above 0: correct it"
-                )
-        return [float(each) for each in given]
-
-    def _made(self, make: Callable[[], Made]) -> Made:
+    def made(self, kind: type[Made], content: Mapping[str, Any], within: str = "") -> Made:
+        """One of this kind, whose fields are in the table."""
+        hints: dict[str, Any] = {each.name: each.type for each in fields(kind)}  # type: ignore[arg-type]
+        if unknown := [name for name in content if name not in hints]:
+            said = f"expected only {', '.join(hints)}: remove it or spell it so"
+            raise self._wrong(f" has a field {within}{unknown[0]}, {said}")
+        for each in fields(kind):  # type: ignore[arg-type]
+            if each.name not in content and each.default is each.default_factory is MISSING:
+                said = f"expected {_KINDS[_written(hints[each.name])]}: add it, or let `mics probe` write the file"
+                raise self._wrong(f" has no {within}{each.name}, {said}")
+        values = {name: self._value(hints[name], value, within + name) for name, value in content.items()}
         try:
-            return make()
+            return kind(**values)
         except ConfigError as error:
-            raise ConfigError(f"cluster: {self.path}: {error}") from error
+            raise self._wrong(f": {error}") from error
 
-    def _transport(self, text: str) -> Transport:
-        known = [each.value for each in Transport]
-        if text not in known:
-            raise ConfigError(f"cluster: {self.path} has transport {text!r}, expected one of {known}: choose one")
-        return Transport(text)
-
-    def _get(self, content: dict[str, Any], name: str, kind: type, within: str) -> Any:
-        if name not in content:
-            raise ConfigError(
-                f"cluster: {self.path} has no {within}{name}, expected {_KINDS[kind]}: add it, or let `mics probe` "
-                "write the file"
-            )
-        value = content[name]
+    def _value(self, hint: Any, value: Any, place: str) -> Any:
+        written = _written(hint)
         if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise ConfigError(f"cluster: {self.path}: {within}{name} has more than the 64 bits of TOML: correct it")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            raise self._wrong(f": {place} has more than the 64 bits of TOML: correct it")
+        if written is float and type(value) is int:
             return float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ConfigError(f"cluster: {self.path}: {within}{name} is {value!r}, expected {_KINDS[kind]}: correct it")
-        return value
+        if type(value) is not written:
+            raise self._wrong(f": {place} is {value!r}, expected {_KINDS[written]}: correct it")
+        if hint == Tables:
+            return dict(self._table(entry, place) for entry in value)
+        if is_dataclass(hint):
+            return self.made(hint, value, f"{place}.")  # type: ignore[arg-type]
+        if written is dict:
+            return {name: self._value(get_args(hint)[1], each, f"{place}.{name}") for name, each in value.items()}
+        if written is list:
+            return [self._number(each, place) for each in value]
+        if issubclass(hint, Enum) and value not in (known := [each.value for each in hint]):
+            raise self._wrong(f" has {place} {value!r}, expected one of {known}: choose one")
+        return hint(value)
 
-    def _check_names(self, content: dict[str, Any], known: list[str], within: str) -> None:
-        for name in content:
-            if name not in known:
-                raise ConfigError(
-                    f"cluster: {self.path} has a field {within}{name}, expected only {', '.join(known)}: remove it or "
-                    "spell it so"
-                )
+    def _table(self, entry: Any, place: str) -> tuple[tuple[str, int], Table]:
+        if type(entry) is not dict:
+            raise self._wrong(f": {place} has {entry!r}, expected [[{place}]] above fields")
+        rows = self.made(_Rows, entry, f"{place}.")
+        counts, seconds = rows.bytes, rows.seconds
+        if len(counts) != len(seconds) or not counts or counts != sorted(set(counts)):
+            said = "expected equally many, the bytes in increasing order: measure again with `mics probe`"
+            raise self._wrong(f" has {len(counts)} bytes and {len(seconds)} seconds in {place}, {said}")
+        return (rows.collective.value, rows.ranks), tuple(zip(counts, seconds, strict=True))
+
+    def _number(self, each: Any, place: str) -> float:
+        if type(each) not in (int, float) or not 0 < each < 1 << 63:
+            raise self._wrong(f": {place} has {repr(each)[:40]}, expected numbers above 0: correct it")
+        return float(each)
+
+    def _wrong(self, said: str) -> ConfigError:
+        return ConfigError(f"cluster: {self.path}{said}")
+
+
+def _written(hint: Any) -> Any:
+    """What TOML has for a field of this type."""
+    if hint == Tables:
+        return list
+    kind = get_origin(hint) or hint
+    return dict if kind is Mapping or is_dataclass(kind) else str if issubclass(kind, Enum) else kind
 
 
 _KINDS: Mapping[type, str] = {
@@ -280,37 +263,26 @@ _KINDS: Mapping[type, str] = {
     Transport: "a Transport",
 }
 
-_FIELDS: Mapping[type, tuple[str, ...]] = {
-    str: ("name",),
-    int: ("nodes", "ranks_per_node"),
-    Real: ("memory", "memory_bandwidth", "efficiency"),
-    Mapping: ("flops", "host", "sources"),
-    Link: ("intra", "inter"),
-    Transport: ("transport",),
-}
-
 
 def _write(cluster: Cluster) -> str:
-    lines = [f"name = {_text(cluster.name)}"]
-    numbers = ("nodes", "ranks_per_node", "memory", "memory_bandwidth", "efficiency")
-    lines += [f"{name} = {getattr(cluster, name)!r}" for name in numbers]
-    lines.append(f"transport = {_text(cluster.transport.value)}")
+    plain = {name: value for name, value in vars(cluster).items() if isinstance(value, str | Real | Enum)}
+    lines = [f"{name} = {_text(value)}" for name, value in plain.items()]
     for name in ("flops", "host"):
-        table: Mapping[str, float] = getattr(cluster, name)
-        if table:
+        if table := getattr(cluster, name):
             lines += ["", f"[{name}]", *(f"{_text(key)} = {float(value)!r}" for key, value in table.items())]
     for name in ("intra", "inter"):
         link: Link = getattr(cluster, name)
         lines += ["", f"[{name}]", f"bandwidth = {float(link.bandwidth)!r}", f"latency = {float(link.latency)!r}"]
-        for (collective, ranks), table_rows in link.tables.items():
-            counts, seconds = zip(*table_rows, strict=True)
+        for (collective, ranks), rows in link.tables.items():
+            counts, seconds = ([float(each) for each in column] for column in zip(*rows, strict=True))
             lines += ["", f"[[{name}.tables]]", f"collective = {_text(collective)}", f"ranks = {ranks}"]
-            lines += [f"bytes = {[float(count) for count in counts]}", f"seconds = {[float(time) for time in seconds]}"]
+            lines += [f"bytes = {counts}", f"seconds = {seconds}"]
     if cluster.sources:
         lines += ["", "[sources]", *(f"{_text(key)} = {_text(value)}" for key, value in cluster.sources.items())]
     return "\n".join(lines) + "\n"
 
 
-def _text(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+def _text(value: object) -> str:
+    """As TOML has it."""
+    value = value.value if isinstance(value, Enum) else value
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -118,6 +118,7 @@ def _simulate(given: argparse.Namespace) -> None:
 
 def _listed() -> str:
     from mics_core.planner import presets
+    from mics_core.planner.this_machine import THIS
 
     rows: list[tuple[str, ...]] = [("name", "ranks a node", "GB a rank", "TFLOP/s", "GB/s inside", "between nodes")]
     for known in presets.listed():
@@ -125,7 +126,7 @@ def _listed() -> str:
         numbers = (known.memory, speed / 1e3, known.intra.bandwidth, known.inter.bandwidth)
         rows.append((known.name, str(known.ranks_per_node), *(digits(number / 1e9) for number in numbers)))
     said = (
-        f"A name stands for one node, NAME:8 for 8. {presets.THIS!r} looks at this one, and `mics probe cluster.toml` "
+        f"A name stands for one node, NAME:8 for 8. {THIS!r} looks at this one, and `mics probe cluster.toml` "
         "under torchrun measures yours. `mics cluster NAME` prints all numbers, and where each is from."
     )
     return f"{aligned(rows, (0,))}\n\n{fill(said, _width())}\n"
