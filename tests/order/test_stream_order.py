@@ -13,6 +13,7 @@ from planted import FAULTS
 from scenarios import SCENARIOS
 from training import Setting
 
+REPLAYED = ("plain", "changing")
 QUICK_FAULTS = (
     "a gather does not wait for the refresh",
     "Megatron-LM#5788: resize_(0) without a word to the stream that took it",
@@ -20,15 +21,19 @@ QUICK_FAULTS = (
 )
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(name, marks=[pytest.mark.deep] * (name == "compiled")) for name in SCENARIOS]
+)
 def test_accesses_frees_and_host_reads_are_ordered_by_events(scenario: str) -> None:
     told = {str(setting): found.told for setting in quick_runs(scenario) if (found := check(scenario, setting)).told}
     assert not told
 
 
-@pytest.mark.parametrize("scenario", ["plain", "changing"])
-def test_every_legal_order_gives_the_same_bytes(scenario: str) -> None:
-    assert not check(scenario, Setting((2, 2, 8), micro_steps=3), chances=1).told
+@pytest.mark.parametrize(
+    ("scenario", "micro_steps"), [("plain", 1), *(pytest.param(name, 3, marks=pytest.mark.deep) for name in REPLAYED)]
+)
+def test_every_legal_order_gives_the_same_bytes(scenario: str, micro_steps: int) -> None:
+    assert not check(scenario, Setting((2, 2, 8), micro_steps=micro_steps), chances=1).told
 
 
 def test_groups_do_the_same_on_all_their_ranks() -> None:
