@@ -1,6 +1,7 @@
 """Faults, planted one at a time into the runtime that is imported, never into its files: each a line left out or moved.
 
-Twelve of our own thinking, nine of kinds that were published of others (named by their issue), two of R4 and R5.
+Twelve of our own thinking, two that this runtime had, nine of kinds that were published of others (named by their
+issue), two of R4 and R5.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mics_core.comm.ladder import Ladder, Route, Transfer
 from mics_core.comm.lanes import DONE, StreamLane, Work, _do, _StreamWork
 from mics_core.comm.recorded import RecordedStream
 from mics_core.comm.world import Answers
+from mics_core.lifecycle import Lifecycle
 from mics_core.unit.gather import Gatherer
 from mics_core.unit.reduce import Reducer, _Ring
 from mics_core.unit.shards import Shards
@@ -85,6 +87,12 @@ _free = Gatherer.free
 def _free_before_arrival(self: Gatherer, unit: Unit) -> None:
     with patch.object(Gatherer, "wait_unshard", lambda *_: None):
         _free(self, unit)
+
+
+def _bring_under_a_refresh(self: Lifecycle, unit: Unit) -> None:
+    if unit.trained.written:
+        unit.trained.round_master()
+        self._gatherer.refresh(unit)
 
 
 _next = _Ring.next
@@ -215,6 +223,10 @@ FAULTS: dict[str, PlantedFault] = {
         Ladder, "all_gather_async", _legs_unordered, setting=Setting((8, 8, 8))
     ),
     "a norm does not wait for other ranks": PlantedFault(Ladder, "_everyone", _everyone_unwaited),
+    "a loop left early leaves gathers under the step": PlantedFault(
+        Lifecycle, "free", lambda _: None, "leaving_early", Setting((2, 2, 8), clip=False, prefetch=1 << 20)
+    ),
+    "what users wrote is rounded under a refresh": PlantedFault(Lifecycle, "_bring", _bring_under_a_refresh, "writing"),
     # As published.
     "pytorch#180665: a lane's buffer is freed while another lane reads it": PlantedFault(
         Ladder, "reduce_scatter_async", _leg_with_its_own_buffer, setting=Setting((8, 8, 8))
