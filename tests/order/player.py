@@ -162,7 +162,7 @@ class Player:
     def _view(self, place: Place) -> Tensor:
         begin = self._pools.address[place.block.number] // place.dtype.itemsize + place.offset
         storage = self._memory.untyped_storage()
-        return torch.empty(0, dtype=place.dtype).set_(storage, begin, place.size, place.stride)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=place.dtype).set_(storage, begin, place.size, place.stride)
 
     def _bytes_of(self, block: Block) -> Tensor:
         begin = self._pools.address[block.number]
@@ -183,7 +183,7 @@ class Player:
                 results[step.number] = self._do(step)
         for block in self._recording.blocks:
             if not block.freed:
-                results[-1 - block.number] = zlib.crc32(self._bytes_of(block).numpy())
+                results[-1 - block.number] = zlib.crc32(self._bytes_of(block).numpy().tobytes())
         return results
 
     def _do(self, step: Step) -> int:

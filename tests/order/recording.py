@@ -118,7 +118,8 @@ class Recording(Program):
 
     def look(self) -> None:
         """Memory that died since the last look goes back to the stream that took it."""
-        for key in [key for key, known in self._known.items() if known.ref.expired()]:
+        dead = [key for key, known in self._known.items() if known.ref.expired()]  # type: ignore[no-untyped-call]
+        for key in dead:
             self._free(self._known.pop(key).block, "its last tensor went")
         for key, storage in self._resized.items():
             known, size = self._known.get(key), storage.nbytes()
@@ -136,7 +137,7 @@ class Recording(Program):
     def _take(self, storage: torch.UntypedStorage, stream: str | None, why: str) -> Block:
         block = Block(len(self.blocks), storage.nbytes(), stream)
         self.blocks.append(block)
-        self._known[storage._cdata] = _Known(block, StorageWeakRef(storage))
+        self._known[storage._cdata] = _Known(block, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
         if stream is not None:
             self.add_step(Act.TAKE, stream, where(why), block=block)
         return block
@@ -146,12 +147,12 @@ class Recording(Program):
             return self._known[storage._cdata].block
         block = self._take(storage, None, "")
         with _disable_current_modes():
-            block.initial = torch.empty(0, dtype=torch.uint8).set_(storage).clone()  # type: ignore[call-overload]
+            block.initial = torch.empty(0, dtype=torch.uint8).set_(storage).clone()
         return block
 
     def place(self, tensor: Tensor) -> Place:
         block = self._block(tensor.untyped_storage())
-        return Place(block, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return Place(block, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     # ---- operators and reads
 
@@ -206,9 +207,9 @@ class Recording(Program):
             self._host_waits(step.number)
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recording: Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recording = recording
 
     @classmethod
@@ -242,7 +243,7 @@ def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def where(what: str = "") -> str:
     """What is done, and the two nearest lines of the runtime or of a scenario."""
-    frame, found = sys._getframe(1), []
+    frame, found = sys._getframe(1), list[str]()
     while frame is not None and len(found) < 2:
         path = frame.f_code.co_filename
         if ("mics_core" in path and not path.endswith("recorded.py")) or path.endswith("scenarios.py"):

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def failing(setting: Setting, world: WatchedWorld) -> list[Any]:
             trainer.evaluate()
         trainer.model.fails_at = -1
         trainer.step()
-        hook = trainer.model.blocks[2].register_forward_hook(lambda _, __, out: _Fails.apply(out))
+        hook = trainer.model.blocks[2].register_forward_hook(lambda _, __, out: _Fails.apply(out))  # type: ignore[no-untyped-call]
         with suppress(ArithmeticError):
             trainer.backward()
         hook.remove()
@@ -177,7 +178,11 @@ def saving(setting: Setting, world: WatchedWorld) -> list[Any]:
 
 def twins(setting: Setting, world: WatchedWorld) -> list[Any]:
     """Two models on the same lanes, in turns."""
-    one, two = Trainer(setting, world), Trainer(setting, world, lambda model: model.blocks.pop(1) and None)
+
+    def shorten(model: Model) -> None:
+        model.blocks.pop(1)
+
+    one, two = Trainer(setting, world), Trainer(setting, world, shorten)
     with world.recording.on(one.model, two.model):
         for _ in range(STEPS):
             one.backward()
@@ -192,7 +197,7 @@ def frozen(setting: Setting, world: WatchedWorld) -> list[Any]:
     """Units whose parameters are frozen, in part and all of them."""
 
     def freeze(model: Model) -> None:
-        for parameter in (*model.blocks[1].parameters(), *model.blocks[2].up.parameters()):
+        for parameter in (*model.blocks[1].parameters(), *model.blocks[2].get_submodule("up").parameters()):
             parameter.requires_grad = False
 
     trainer = Trainer(setting, world, freeze)
@@ -237,7 +242,9 @@ def forward_elsewhere(setting: Setting, world: WatchedWorld) -> list[Any]:
             for batch in trainer.micro_batches():
                 mine.wait_stream(caller)
                 with ExitStack() as outside, program.stream(mine):
-                    _Ends.apply(trainer.model(batch), lambda stack=outside: join(stack)).backward()
+                    end = partial(join, outside)
+                    loss: Tensor = _Ends.apply(trainer.model(batch), end)  # type: ignore[no-untyped-call]
+                    loss.backward()  # type: ignore[no-untyped-call]
             trainer.update()
     return [trainer]
 

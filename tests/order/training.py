@@ -24,11 +24,13 @@ class Block(nn.Module):
         self.recomputes = recomputes
 
     def inner(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
+        result: Tensor = x + self.down(torch.relu(self.up(self.norm(x))))
+        return result
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self.inner, x, use_reentrant=False)
+            result: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+            return result
         return self.inner(x)
 
 
@@ -53,7 +55,8 @@ class Model(nn.Module):
                 x = checkpoint(block, x, use_reentrant=self.around)
             else:
                 x = block(x)
-        return self.head(x).float().square().mean()
+        loss: Tensor = self.head(x).float().square().mean()
+        return loss
 
 
 @dataclass(frozen=True)
