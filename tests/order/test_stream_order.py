@@ -14,6 +14,7 @@ from scenarios import SCENARIOS
 from training import Setting
 
 REPLAYED = ("plain", "changing")
+LONGER = ("compiled", "averaging", "saving", "opening", "twins")
 QUICK_FAULTS = (
     "a gather does not wait for the refresh",
     "Megatron-LM#5788: resize_(0) without a word to the stream that took it",
@@ -22,7 +23,7 @@ QUICK_FAULTS = (
 
 
 @pytest.mark.parametrize(
-    "scenario", [pytest.param(name, marks=[pytest.mark.deep] * (name == "compiled")) for name in SCENARIOS]
+    "scenario", [pytest.param(name, marks=[pytest.mark.deep] * (name in LONGER)) for name in SCENARIOS]
 )
 def test_accesses_frees_and_host_reads_are_ordered_by_events(scenario: str) -> None:
     told = {str(setting): found.told for setting in quick_runs(scenario) if (found := check(scenario, setting)).told}

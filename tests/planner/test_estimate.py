@@ -30,7 +30,7 @@ def test_estimates_are_near_the_simulation_and_the_least_is_never_above_it(
     links = {("gather", 2): rows, ("reduce", 2): rows}
     cluster = replace(cluster, inter=replace(cluster.inter, bandwidth=gigabytes * 1e9, tables=links))
     estimates = Estimates(model, cluster)
-    chosen = list(shardings(Topology(8, 2)))[:: 1 if is_deep() else 3]
+    chosen = list(shardings(Topology(8, 2)))[:: 1 if is_deep() else 6]
     for sharding, recompute, micro_steps, ahead in product(chosen, (False, True), (1, 2, 6), (0, 1)):
         candidate = Candidate(sharding, BF16, 2, micro_steps, recompute, prefetch_units=ahead)
         told, seconds = estimates.of(candidate), simulate(model, cluster, candidate).seconds
