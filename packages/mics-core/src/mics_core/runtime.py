@@ -8,7 +8,7 @@ gatherer, reducer -> lifecycle     parameters on their way down, gradients on th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from mics_core.lifecycle import Lifecycle, Phase
 from mics_core.registry import Runtime
 from mics_core.spec.formula import formula
 from mics_core.spec.sharding import Precision, Sharding
-from mics_core.spec.units import Member, UnitRule, UnitSpec
+from mics_core.spec.units import UnitRule, UnitSpec
 from mics_core.step.clipping import Clipping
 from mics_core.step.loss_scaling import LossScaling
 from mics_core.unit import materialize
@@ -117,30 +117,18 @@ def _cut(
     while specs:  # popped one by one: no more than one unit is held twice
         spec = specs.pop(0)
         materialize.draw(spec, model, world.device, seed)
-        parts = [
-            _cut_part(members, sharding, precision, ladder, world, trained=trained)
-            for trained, members in ((True, spec.trained), (False, spec.frozen))
-        ]
-        unit = Unit(len(units), spec, *parts)
+        trained, frozen = (
+            Shards(members, sharding, precision, ladder, world, trained=of)
+            for of, members in ((True, spec.trained), (False, spec.frozen))
+        )
+        # Whole values get no name here: one would keep them until the next unit's are there, too.
+        trained.fill(materialize.whole_values(spec.trained, world.device))
+        frozen.fill(materialize.whole_values(spec.frozen, world.device))
+        unit = Unit(len(units), spec, trained, frozen)
         unit.views.register()
         units.append(unit)
     materialize.bring_buffers(model, world.device, seed)
     return units
-
-
-def _cut_part(
-    members: Sequence[Member],
-    sharding: Sharding,
-    precision: Precision,
-    ladder: Ladder,
-    world: World,
-    *,
-    trained: bool,
-) -> Shards:
-    """The whole values live no longer than this call."""
-    part = Shards(members, sharding, precision, ladder, world, trained=trained)
-    part.fill(materialize.whole_values(members, world.device))
-    return part
 
 
 def _hook(runtime: Runtime) -> None:
