@@ -292,6 +292,7 @@ def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str
 
 def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, bytes]]:
     """After two steps, what this rank holds: which piece of what, and its bytes."""
+    torch.manual_seed(dist.get_rank())  # what ranks draw for themselves must not be in what they compare
     model = mics.shard(Mlp(), sharding, ranks_per_node=per_node, precision=mics.Precision.bf16())
     optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
     for step in range(2):
