@@ -34,7 +34,7 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     mine = buffer[begin:end]
 
     def descend() -> None:
-        ladder.all_gather(Route.REFRESH, "descend", mine, buffer, top, per_node)
+        ladder.all_gather(Route.REFRESH, "descend", mine, buffer, per_node, top)
 
     def climb() -> None:
         accumulate(mine, ladder.reduce_scatter(Route.HOP2, "climb", buffer, per_node, top), overwrite=True)

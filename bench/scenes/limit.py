@@ -89,7 +89,7 @@ def unit_times(
 
 def leaving(rungs: Rungs, level: int, per_node: int) -> float:
     """The share of what a rank sends in a step that goes to other nodes: all or nothing, unless the ladder is flat."""
-    others = [peer for peer in rungs.peers(0, level) if peer]
+    others = [peer for peer in rungs.members(0, level) if peer]
     return sum(peer >= per_node for peer in others) / len(others)
 
 

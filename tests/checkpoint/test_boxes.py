@@ -58,13 +58,13 @@ def test_ranks_write_every_element_once_evenly_and_only_what_they_hold(
     announced = [0] * len(shapes)
     for rank in range(world):
         held = layout.size // degree
-        at = ladder.piece(rank, degree) * held
+        at = ladder.piece_number(rank, degree) * held
         cuts = [
             Cut(Name((slot.name,)), slot.shape, slot.begin, layout.size, part, max(0, at - slot.begin))
             for slot, (begin, end) in zip(layout.slots, layout.within(at, at + held), strict=True)
             for part in [times[int(slot.name)].view(-1)[max(0, at - slot.begin) :][: end - begin]]
         ]
-        contents, piece = Contents(tuple(cuts), {}, {}, b"", {}), ladder.piece(rank, world)
+        contents, piece = Contents(tuple(cuts), {}, {}, b"", {}), ladder.piece_number(rank, world)
         written = 0
         for cut, box in contents.mine(piece, world):
             cut.values(box).add_(1)

@@ -25,7 +25,7 @@ def test_each_level_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) 
     topology = rungs.topology
     for level in rungs.levels(1, topology.world):
         for rank in range(topology.world):
-            peers = rungs.peers(rank, level)
+            peers = rungs.members(rank, level)
             nodes, places = zip(*(divmod(peer, topology.ranks_per_node) for peer in peers), strict=True)
             assert len(set(nodes)) == (1 if rungs.scope(level) is Scope.INTRA else len(peers))
             assert len(set(places)) == (len(peers) if len(set(nodes)) == 1 else 1)
@@ -35,10 +35,10 @@ def test_each_level_is_wholly_inside_nodes_or_wholly_between_them(rungs: Rungs) 
 def test_peers_agree_on_who_they_are(rungs: Rungs) -> None:
     for level in rungs.levels(1, rungs.topology.world):
         for rank in range(rungs.topology.world):
-            peers = rungs.peers(rank, level)
+            peers = rungs.members(rank, level)
             assert len(peers) == rungs.degrees[level + 1] // rungs.degrees[level]
             assert peers[rungs.digits(rank)[level]] == rank
-            assert all(rungs.peers(peer, level) == peers for peer in peers)
+            assert all(rungs.members(peer, level) == peers for peer in peers)
 
 
 @given(rungs=ladders())
@@ -46,8 +46,8 @@ def test_going_down_a_level_the_pieces_of_peers_lie_side_by_side_in_their_order(
     for level in rungs.levels(1, rungs.topology.world):
         low, high = rungs.degrees[level : level + 2]
         for rank in range(rungs.topology.world):
-            first = rungs.piece(rank, low) * (high // low)
-            assert [rungs.piece(peer, high) for peer in rungs.peers(rank, level)] == list(
+            first = rungs.piece_number(rank, low) * (high // low)
+            assert [rungs.piece_number(peer, high) for peer in rungs.members(rank, level)] == list(
                 range(first, first + high // low)
             )
 
@@ -57,11 +57,13 @@ def test_every_degree_ranks_in_a_row_hold_one_copy_and_the_replication_groups_th
     world = rungs.topology.world
     for degree in rungs.degrees:
         for first in range(0, world, degree):
-            assert sorted(rungs.piece(rank, degree) for rank in range(first, first + degree)) == list(range(degree))
+            assert sorted(rungs.piece_number(rank, degree) for rank in range(first, first + degree)) == list(
+                range(degree)
+            )
         for rank in range(world):
             replicas = rungs.replicating(rank, degree)
             assert rank in replicas
-            assert {rungs.piece(other, degree) for other in replicas} == {rungs.piece(rank, degree)}
+            assert {rungs.piece_number(other, degree) for other in replicas} == {rungs.piece_number(rank, degree)}
             assert len(replicas) == world // degree
 
 
@@ -74,7 +76,7 @@ def test_the_example_of_the_docstring() -> None:
         "2-4 between nodes",
         "4-8 between nodes",
     ]
-    assert rungs.peers(6, 1) == (4, 6)
+    assert rungs.members(6, 1) == (4, 6)
 
 
 def test_a_node_is_a_rung_whatever_the_degrees() -> None:

@@ -183,7 +183,7 @@ _allocate = Shards.allocate
 
 
 def _taken_elsewhere(self: Any) -> None:
-    if self._streams is not None and not self.rests:
+    if self._streams is not None and not self.stays_whole:
         with self._streams.stream(RecordedStream(self._streams, "another")):
             _allocate(self)
             self._streams.current_stream()  # here the recording sees it
@@ -192,7 +192,7 @@ def _taken_elsewhere(self: Any) -> None:
 
 def _home_not_told(self: Any) -> None:
     self._taken_on = None
-    if not self.rests:
+    if not self.stays_whole:
         self._storage.resize_(0)
 
 

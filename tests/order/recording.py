@@ -52,7 +52,7 @@ class Recording(Program):
             for unit in registry.runtime_of(model, "recording").units:
                 for part in unit.parts:
                     storage = part.flat.untyped_storage()
-                    if not part.rests:
+                    if not part.stays_whole:
                         self._resized[storage._cdata] = storage
         with _Reads(self), _Operators(self):
             self.running = True

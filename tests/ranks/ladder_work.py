@@ -70,7 +70,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
-        ladder.all_gather(Route.REFRESH, "down", buffer, whole, high, degree)
+        ladder.all_gather(Route.REFRESH, "down", buffer, whole, degree, high)
         result[f"down to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
@@ -86,7 +86,7 @@ def straight_down_and_up(case: Case) -> dict[str, bool]:
     begin, end = ladder.range(size, top)
     mine = buffer[begin:end]
     accumulate(mine, parts, overwrite=True)
-    ladder.all_gather(Route.REFRESH, "down", mine, buffer, top, 1)
+    ladder.all_gather(Route.REFRESH, "down", mine, buffer, 1, top)
     sent = {
         action: sum(t.bytes for (name, _), t in counters.links.items() if name == action) for action in ("up", "down")
     }

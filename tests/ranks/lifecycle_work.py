@@ -1,4 +1,4 @@
-"""What test_lifecycle.py asks ranks to do: train a small model, and tell at every stage what its units look like."""
+"""What test_lifecycle.py asks ranks to do: train a small model, and tell at every moment what its units look like."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ def batch(number: int, rank: int) -> Tensor:
 
 
 class Walk:
-    """Trains, and notes what each stage looks like; every value is compared with the reference's."""
+    """Trains, and notes what each moment looks like; every value is compared with the reference's."""
 
     def __init__(
         self, seen: dict[str, Seen], sharding: mics.Sharding, precision: mics.Precision, recomputes: bool = False
@@ -142,8 +142,8 @@ class Walk:
         self.model = mics.shard(Model(recomputes), sharding, precision=precision)
         self.runtime = registry.runtime_of(self.model, "test")
         self.parameters = dict(self.model.named_parameters())
-        self.sent: list[list[str]] = [[], [], []]  # of each block: what was handed to lanes since its last stage
-        self.due: list[tuple[str, int, str]] = []  # events of the model, and the stages that they are
+        self.sent: list[list[str]] = [[], [], []]  # of each block: what was handed to lanes since its last moment
+        self.due: list[tuple[str, int, str]] = []  # events of the model, and the moments that they are
         self._listen()
 
     def _listen(self) -> None:
@@ -168,13 +168,13 @@ class Walk:
             teller.tell = self.told  # type: ignore[assignment]
 
     def told(self, event: str, number: int) -> None:
-        """The model is at this point: note the stage, if the next one that is due is here."""
+        """The model is at this point: note the moment, if the next one that is due is here."""
         if self.due and self.due[0][:2] == (event, number):
-            stage = self.due.pop(0)[2]
-            if stage == "raise":
+            moment = self.due.pop(0)[2]
+            if moment == "raise":
                 raise Failure
-            if stage:
-                self.note(stage)
+            if moment:
+                self.note(moment)
         if event in ("in forward", "in backward"):
             self.sent[number].clear()
 
@@ -196,19 +196,19 @@ class Walk:
         loss.backward()
         assert not self.due, f"these did not come: {self.due}"
 
-    # ---- what a stage looks like
+    # ---- what a moment looks like
 
-    def note(self, stage: str, number: int = MIDDLE) -> None:
-        assert stage not in self.seen, stage
+    def note(self, moment: str, number: int = MIDDLE) -> None:
+        assert moment not in self.seen, moment
         unit = self.runtime.units[1 + number]
         part = unit.parts[0]
-        assert (part.flat.untyped_storage().nbytes() == 0) == (unit.state is ShardedState.SHARDED), stage
+        assert (part.flat.untyped_storage().nbytes() == 0) == (unit.state is ShardedState.SHARDED), moment
         state = "dropped" if unit.dropped() else unit.gradient.name
         lane = ", ".join(sorted(set(self.sent[number]))) or "-"
         self.sent[number].clear()
-        self.seen[stage] = Seen(self.weight(stage, number), unit.state.name, state, self.grad(stage, number), lane)
+        self.seen[moment] = Seen(self.weight(moment, number), unit.state.name, state, self.grad(moment, number), lane)
 
-    def weight(self, stage: str, number: int) -> str:
+    def weight(self, moment: str, number: int) -> str:
         """What the modules of a block find, which must have the reference's values."""
         kinds = set()
         precision = self.runtime.precision
@@ -229,19 +229,19 @@ class Walk:
                 kinds.add("whole")
                 assert registered[name] is self.parameters[name]
                 assert found.dtype == precision.compute
-            self.compare(stage, found, expected)
+            self.compare(moment, found, expected)
         (kind,) = kinds
         return kind
 
-    def grad(self, stage: str, number: int) -> str:
+    def grad(self, moment: str, number: int) -> str:
         """What `p.grad` holds, which must have the reference's values."""
         unit = self.runtime.units[1 + number]
         grads = {name: dict(self.model.named_parameters())[name].grad for name in self.names(number)}
         if all(grad is None for grad in grads.values()):
             return "none"
-        if unit.gradient is Gradient.SHARDED:
+        if unit.gradient is Gradient.PARTIAL:
             kind = "partial"
-        elif not self.runtime.reducer.finished:
+        elif not self.runtime.reducer.agreed:
             kind = "arriving"
         else:
             kind = "clipped" if self.clips_in_memory and self.reference.factor < 1 else "mean"
@@ -255,7 +255,7 @@ class Walk:
             elif kind == "clipped":
                 expected = expected * self.reference.factor
             assert grad is not None
-            self.compare(stage, grad, self.piece(number, name, expected))
+            self.compare(moment, grad, self.piece(number, name, expected))
         return kind
 
     def names(self, number: int) -> list[str]:
@@ -268,18 +268,18 @@ class Walk:
         slot = next(slot for slot in layout.slots if slot.name == name)
         return whole.reshape(-1)[max(0, begin - slot.begin) : max(0, end - slot.begin)]
 
-    def compare(self, stage: str, found: Tensor, expected: Tensor) -> None:
+    def compare(self, moment: str, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(
             found.detach().float(),
             expected.detach(),
             rtol=self.tolerance,
             atol=self.tolerance,
-            msg=lambda text: f"{stage}: {text}",
+            msg=lambda text: f"{moment}: {text}",
         )
 
 
 def walk(sharding: mics.Sharding, precision: mics.Precision) -> dict[str, Seen]:
-    """Every stage, as it was found on this rank."""
+    """Every moment, as it was found on this rank."""
     seen: dict[str, Seen] = {}
     for part in (marked, with_torch_optim, unmarked, written, without_gradients, recomputed, raising):
         part(seen, sharding, precision)
@@ -318,7 +318,7 @@ def marked(seen: dict[str, Seen], sharding: mics.Sharding, precision: mics.Preci
     norm = mics.clip_grad_norm_(model, MAX_NORM)
     assert abs(norm.item() - reference.clip()) < walk.tolerance
     assert reference.factor < 1
-    walk.note("after a clip, marked")
+    walk.note("after a clip, with `accumulate`")
     optimizer.step()
     reference.step(theirs)
     walk.note("after a step of `mics.AdamW`")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
-from mics_core.comm.ladder import Ladder, Route, track
+from mics_core.comm.ladder import Ladder, Route, lane_name
 from mics_core.comm.lanes import Work
 from mics_core.comm.recorded import COMPUTE, Kind, RecordedWorld
 from mics_core.spec.formula import Traffic
@@ -228,7 +228,7 @@ def handed_to_lanes(sharding: mics.Sharding) -> list[list[tuple[str, str]]]:
     submit = Ladder.submit
 
     def noting(ladder: Ladder, route: Route, scope: Scope, what: str, *job: Any, **after: Any) -> Work:
-        found[-1].append((f"{track(ladder.rungs, route, scope)}, {scope.value}", what))
+        found[-1].append((f"{lane_name(ladder.rungs, route, scope)}, {scope.value}", what))
         return submit(ladder, route, scope, what, *job, **after)
 
     recorded = RecordedWorld(dist.get_world_size(), dist.get_rank())

@@ -306,7 +306,7 @@ def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, byt
         (part,) = unit.parts
         states = (("shard", part.shard, sharding.params), ("master", part.master, sharding.optimizer))
         for state, tensor, degree in states:
-            piece = runtime.ladder.rungs.piece(dist.get_rank(), degree)
+            piece = runtime.ladder.rungs.piece_number(dist.get_rank(), degree)
             held.append((piece, f"{state} of {unit.name}", bytes(tensor.view(torch.uint8).tolist())))
     return held
 

@@ -1,11 +1,13 @@
 """Hooks around every unit decide when it is whole, and when its gradient leaves.
 
-    REST -> FORWARD -> REST -> BACKWARD -> REST -> OPEN (in full_params) -> REST
+    REST -> FORWARD    the first unit of a pass is called        FORWARD -> REST     the outermost unit returns
+    REST -> BACKWARD   the first hook on a unit's output runs    BACKWARD -> REST    autograd's engine is done
+    REST -> OPEN       full_params: modules own whole weights    REST -> LOADING     load writes to the model's memory
 
-docs/lifecycle.md has the whole table. Two rules explain most of the code. A unit's trained parameters are the outputs
-of one autograd node, `Whole`: its backward runs when the gradients of all of them are there, whatever was called how
-often, and nothing has to be counted. And that node and its context know the unit but no tensor of this pass, or a pass
-would keep itself alive.
+docs/lifecycle.md shows what each unit does in a step. Two rules explain most of the code. A unit's trained parameters
+are the outputs of one autograd node, `_Whole`: its backward runs when the gradients of all of them are there, however
+often the unit was called, so gradients of single parameters are not counted. And that node and its context know the
+unit but no tensor of this pass, or a pass would keep itself alive.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ class Lifecycle:
         self._depth = 0  # forwards under way
         self._passes = 0  # backwards so far
         self._taken: list[tuple[Unit, int]] = []  # by this backward and not left yet, with autograd's task
-        self._finished: list[Unit] = []  # units of `_taken` whose gradients have arrived
-        self._unannounced = False  # whether a unit was recomputed before its output's hook ran (reentrant checkpoint)
+        self._to_reshard: list[Unit] = []  # units of `_taken` whose gradients have arrived
+        self._reentrant = False  # whether a unit was recomputed before its output's hook ran (reentrant checkpoint)
         self._received = False  # whether this backward brought a gradient
         # On the device: a backward joins the streams of its leaves at its end, and this is the only leaf.
         self._anchor = torch.empty(0, requires_grad=True, device=device)
@@ -78,10 +80,10 @@ class Lifecycle:
         """`accumulate` says which micro-step comes, and has asked the other ranks whether theirs is the last, too."""
         self.micro_step = micro_step
         self._count = count
-        self._unannounced = False
+        self._reentrant = False
 
-    def rest(self, caller: str) -> None:
-        """Raise unless no forward or backward is under way."""
+    def require_rest(self, caller: str) -> None:
+        """Raise if a forward or backward is under way; one that has raised, and whose caller went on, is over."""
         if self.phase is Phase.BACKWARD and not self._recomputing():
             self._give_up_backward()  # it raised, or its last callback would have run
         if self.phase is not Phase.REST:
@@ -92,8 +94,8 @@ class Lifecycle:
 
     @contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
-        """OPEN: modules own whole parameters, and nothing is gathered for them. LOADING: the model's memory is
-        overwritten, perhaps by a thread that nobody waits for any more.
+        """Be in a phase for the block. OPEN: modules own whole parameters, and nothing is gathered for them. LOADING:
+        the model's memory is overwritten, perhaps by a thread that nobody waits for any more.
         """
         self.phase = phase
         try:
@@ -118,7 +120,7 @@ class Lifecycle:
         if self.phase is Phase.OPEN:
             return None  # the modules own whole parameters
         again = self._recomputing()
-        self._unannounced |= again and self.phase is Phase.REST
+        self._reentrant |= again and self.phase is Phase.REST
         differentiated = torch.is_grad_enabled()
         if not again:
             self._enter(unit, differentiated)
@@ -131,13 +133,13 @@ class Lifecycle:
             unit.check_frozen()
         views: list[torch.Tensor] = []
         for part in unit.parts:
-            watched = part.trained and differentiated
+            watched = part.is_trained and differentiated
             views += whole(self._anchor, part.views, partial(self._gradients_came, unit)) if watched else part.views
         unit.views.show(views)
         inputs = None
-        if unit.number == 0 and self._scaling is not None:
+        if unit.is_root and self._scaling is not None:
             inputs = args, kwargs = self._scaling.shrink((args, kwargs))
-        if unit.number == 0 and self._compute != torch.float32:
+        if unit.is_root and self._compute != torch.float32:
             inputs = trees.convert((args, kwargs), self._to_compute)
         if differentiated and unit.parts and not unit.trains:
             watch_inputs(inputs or (args, kwargs), partial(self._gradients_came, unit, ()))
@@ -160,10 +162,10 @@ class Lifecycle:
                     self._end_forward(raised=outputs is None and sys.exception() is not None)
 
     def _watch(self, unit: Unit, outputs: Any) -> Any:
-        begin = self._beginner(unit)  # which keeps the views that are in place now
+        begin = self._begin_hook(unit)  # which keeps the views that are in place now
         unit.show_slices()
         changed = None
-        if unit.number == 0 and self._scaling is not None and outputs is not None:
+        if unit.is_root and self._scaling is not None and outputs is not None:
             outputs = changed = self._scaling.enlarge(outputs)
         raised = outputs is None and sys.exception() is not None
         if torch.is_grad_enabled() and not raised:
@@ -218,7 +220,7 @@ class Lifecycle:
         """Gather the unit again, for what its backward reads and what a checkpoint in it recomputes."""
         if self.phase is not Phase.BACKWARD:
             self._begin_backward()
-        self._let_finished_leave()
+        self._reshard_finished()
         if not self._order.reach(Use(unit.number, Direction.BACKWARD)):
             self.free()
         self._gatherer.unshard(unit)
@@ -233,7 +235,7 @@ class Lifecycle:
                 unit.check_hooks()
         if self._count is not None:
             count, self._count = self._count, None
-            count.check()  # the answers had the whole forward to arrive
+            count.check()  # the host waits for all hosts here; the answers had the whole forward to arrive
         self.phase = Phase.BACKWARD
         self._order = self._orders[True]
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -242,11 +244,11 @@ class Lifecycle:
         """Whether no gradients come after those of this backward."""
         # A reentrant checkpoint runs a backward for each part of a model that is not called as a whole: nobody
         # knows how many follow, so gradients wait for the clip or step.
-        return self.micro_step is MicroStep.LAST and not self._unannounced
+        return self.micro_step is MicroStep.LAST and not self._reentrant
 
     def _gradients_came(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
         """The gradients of a unit's parameters are there, or of its inputs, where none is trained."""
-        if not unit.users:
+        if not unit.uses:
             raise LifecycleError(
                 f"{unit.name}: its backward ran without beginning at what its forward returned: return every tensor "
                 "that a loss is made of, rather than keeping it in an attribute"
@@ -256,7 +258,7 @@ class Lifecycle:
             unit.show_slices()
             # Gradients of the unit's inputs may still be on their way through its parameters. The next unit's
             # backward begins with them; so the memory stays until then.
-            self._finished.append(unit)
+            self._to_reshard.append(unit)
             unit.awaited -= 1
         if unit.trains:
             if self._scaling is not None:
@@ -268,7 +270,7 @@ class Lifecycle:
 
     def _end_backward(self) -> None:
         self._order.end()
-        self._let_finished_leave()
+        self._reshard_finished()
         for unit, _ in self._taken:  # reached, but no gradient came for its parameters
             unit.show_slices()
             self._gatherer.reshard(unit, keep=False)
@@ -279,7 +281,7 @@ class Lifecycle:
             self.free()
         last = self._is_last() and self._received
         for unit in self._reducer.units if last else ():
-            if unit.gradient is Gradient.SHARDED:
+            if unit.gradient is Gradient.PARTIAL:
                 self._reducer.hop2(unit)
         if last:
             self._reducer.ask()
@@ -296,7 +298,7 @@ class Lifecycle:
 
     def _rest_after_backward(self) -> None:
         self._taken.clear()
-        self._finished.clear()
+        self._to_reshard.clear()
         for unit in self.units:
             unit.awaited = 0
         self._received = False
@@ -305,16 +307,16 @@ class Lifecycle:
         self._passes += 1
         self.phase = Phase.REST
 
-    def _let_finished_leave(self) -> None:
-        for unit in self._finished:
+    def _reshard_finished(self) -> None:
+        for unit in self._to_reshard:
             taken = next((entry for entry in self._taken if entry[0] is unit), None)
             if taken is not None:
                 self._taken.remove(taken)
                 keep = self.micro_step is MicroStep.MORE_FOLLOW and self._is_next(unit)
                 self._gatherer.reshard(unit, keep=keep)
-        self._finished.clear()
+        self._to_reshard.clear()
 
-    def _beginner(self, unit: Unit) -> Callable[[torch.Tensor], None]:
+    def _begin_hook(self, unit: Unit) -> Callable[[torch.Tensor], None]:
         """The hook of a forward's outputs: the first of them in a backward gathers the unit."""
         views = unit.views.shown
         seen = -1  # the number of the last backward that came by; one graph may be used by several
@@ -342,6 +344,6 @@ class Lifecycle:
         for each in self._upcoming():
             if each is unit:
                 return True
-            if not each.users:
+            if not each.uses:
                 return False
         return False

@@ -92,7 +92,7 @@ def full_params(model: nn.Module) -> Iterator[None]:
     parameters; a backward raises, and steps have to wait until the end.
     """
     runtime = registry.runtime_of(model, "full_params")
-    runtime.lifecycle.rest("full_params")
+    runtime.lifecycle.require_rest("full_params")
     runtime.lifecycle.free()
     runtime.wait()
     with torch.no_grad():
@@ -120,15 +120,15 @@ def full_params(model: nn.Module) -> Iterator[None]:
 
 def _whole_parameters(runtime: Runtime, part: Shards) -> list[nn.Parameter]:
     """The master weights of all ranks, in the master dtype."""
-    degree = runtime.sharding.optimizer if part.trained else runtime.sharding.params
+    degree = runtime.sharding.optimizer if part.is_trained else runtime.sharding.params
     flat = part.master.new_empty(part.layout.size)
     runtime.ladder.all_gather_full(part.master, flat, degree)
     flat = flat.to(runtime.precision.master)
     parameters = [
-        nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.trained)
+        nn.Parameter(flat[slot.begin : slot.end].view(slot.shape), requires_grad=part.is_trained)
         for slot in part.layout.slots
     ]
-    for parameter in parameters if part.trained else ():
+    for parameter in parameters if part.is_trained else ():
         parameter.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
     return parameters
 
@@ -144,7 +144,7 @@ def _refuse_gradient(_: torch.Tensor) -> None:
 def check_replicas(model: nn.Module) -> None:
     """Raise on every rank if ranks that should hold the same bits of the weights do not."""
     runtime = registry.runtime_of(model, "check_replicas")
-    runtime.lifecycle.rest("check_replicas")
+    runtime.lifecycle.require_rest("check_replicas")
     runtime.lifecycle.bring_what_users_wrote()
     runtime.ladder.order.compare()
     runtime.wait()
@@ -152,7 +152,7 @@ def check_replicas(model: nn.Module) -> None:
     for unit in runtime.units:
         for part in unit.parts:
             states = [("shard", part.shard, runtime.sharding.params)]
-            if part.trained:
+            if part.is_trained:
                 states.append(("master", part.master, runtime.sharding.optimizer))
             for name, state, degree in states:
                 rows = runtime.ladder.compare(fingerprint(state), degree).tolist()

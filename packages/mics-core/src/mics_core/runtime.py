@@ -67,25 +67,25 @@ def shard(
     world = group if isinstance(group, World) else World(group)
     precision = Precision.fp32() if precision is None else precision
     request = Request(sharding, units, precision, ranks_per_node, prefetch_bytes)
-    specs, rungs, degrees = agree(model, request, world)
-    sizes = formula(specs, degrees, precision, rungs.topology)
+    specs, rungs, sharding = agree(model, request, world)
+    sizes = formula(specs, sharding, precision, rungs.topology)
     replaced = [weakref.ref(parameter) for parameter in model.parameters()]
     materialize.make_equal(model, world)
 
     counters = world.counters()
-    ladder = Ladder(rungs, degrees, world, counters)
-    cut_units = _cut(model, specs, degrees, precision, ladder, world)
+    ladder = Ladder(rungs, sharding, world, counters)
+    cut_units = _cut(model, specs, sharding, precision, ladder, world)
 
     budget = max(unit.nbytes for unit in cut_units) if prefetch_bytes is None else prefetch_bytes
-    gatherer = Gatherer(ladder, degrees, budget)
-    reducer = Reducer(cut_units, world, ladder, degrees, precision, counters)
+    gatherer = Gatherer(ladder, sharding, budget)
+    reducer = Reducer(cut_units, world, ladder, sharding, precision, counters)
     scaling = LossScaling(precision.loss_scale, world.device) if precision.loss_scale else None
-    clipping = Clipping(ladder, degrees.optimizer, scaling, counters, world.device)
+    clipping = Clipping(ladder, sharding.optimizer, scaling, counters, world.device)
     lifecycle = Lifecycle(cut_units, gatherer, reducer, precision.compute, scaling, world.device)
     runtime = Runtime(
         world=world,
         ladder=ladder,
-        sharding=degrees,
+        sharding=sharding,
         precision=precision,
         formula=sizes,
         units=cut_units,

@@ -54,7 +54,7 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     world = runtime.world.with_own_group("checkpoint")
 
     def rest() -> None:
-        runtime.lifecycle.rest("load")
+        runtime.lifecycle.require_rest("load")
         wait_for_saves()
         runtime.wait()
 

@@ -21,9 +21,9 @@ def weights(runtime: Runtime) -> dict[str, Cut]:
     for unit in runtime.units:
         for shards in unit.parts:
             shards.check_in_place()
-            degree = runtime.sharding.optimizer if shards.trained else runtime.sharding.params
+            degree = runtime.sharding.optimizer if shards.is_trained else runtime.sharding.params
             at = runtime.ladder.range(shards.layout.size, degree)[0]
-            for slot, (begin, end) in zip(shards.layout.slots, shards.parts, strict=True):
+            for slot, (begin, end) in zip(shards.layout.slots, shards.spans, strict=True):
                 cuts[slot.name] = Cut(
                     Name(("model", slot.name)),
                     slot.shape,

@@ -123,7 +123,7 @@ def save(
     contents: list[Contents] = []
 
     def collect() -> _Told:
-        runtime.lifecycle.rest("save")
+        runtime.lifecycle.require_rest("save")
         wait_for_saves()
         runtime.wait()
         place = Place(path_of(path, "save").absolute())
@@ -132,7 +132,7 @@ def save(
         _check_gradients(runtime)
         found = _collect(runtime, model, optimizer, extra)
         if background:
-            found = found.staged(rungs.piece(world.rank, world.size), world.size, partial(copies, runtime))
+            found = found.staged(rungs.piece_number(world.rank, world.size), world.size, partial(copies, runtime))
         contents.append(found)
         hashed = model_state.hash_of(model_state.buffers(model, "save"))
         settings = {} if optimizer is None else optimizer_state.digests(optimizer)

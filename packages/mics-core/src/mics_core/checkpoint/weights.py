@@ -47,7 +47,7 @@ def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) ->
     world = runtime.world.with_own_group("checkpoint")
 
     def rest() -> None:
-        runtime.lifecycle.rest("load_weights")
+        runtime.lifecycle.require_rest("load_weights")
         wait_for_saves()  # one that is under way talks to the same ranks
         runtime.wait()
 

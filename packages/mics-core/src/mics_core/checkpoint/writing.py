@@ -56,7 +56,7 @@ def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> Written:
     world = rungs.topology.world
     data: dict[MetadataIndex, torch.Tensor | bytes] = {}
     items: list[WriteItem] = []
-    for cut, box in contents.mine(rungs.piece(rank, world), world):
+    for cut, box in contents.mine(rungs.piece_number(rank, world), world):
         items.append(_cut_item(cut, box))
         data[items[-1].index] = _alone(cut.values(box).detach())
     for item, value in _rest(contents, rank):
@@ -77,7 +77,7 @@ def write(folder: Path, contents: Contents, rank: int, rungs: Rungs) -> Written:
 def write_index(folder: Path, contents: Contents, rungs: Rungs, written: list[Written]) -> Entry:
     """Write, on rank 0, where everything lies, given all ranks' files."""
     world = rungs.topology.world
-    rank_of = {rungs.piece(rank, world): rank for rank in range(world)}
+    rank_of = {rungs.piece_number(rank, world): rank for rank in range(world)}
     spans = [_pairs(file.spans) for file in written]  # in the order in which each rank wrote
     places: dict[MetadataIndex, _StorageInfo] = {}
     entries: dict[str, STORAGE_TYPES] = {}

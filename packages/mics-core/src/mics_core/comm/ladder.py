@@ -11,7 +11,9 @@ With 2 ranks a node, 8 ranks and Sharding(2, 2, 8) the rungs are 1, 2 and 8:
 Both directions work in place: my piece at a degree is a range of my piece at any lower one. Above O all ranks need the
 same sum: it goes up to the top, where each rank adds up a piece, and down again (sync).
 
-A way that leaves the nodes has two legs on two lanes: while one unit is between nodes, another is inside them.
+A way with levels inside and between nodes has two legs, one lane each: while one unit is between nodes, another is
+inside them. On the top level's side of the border of a node hop 2 and refresh share one lane, `slow`: a group costs
+sockets or GPU memory, and a refresh begins after hop 2 has ended.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from mics_kernels import accumulate
 
 
 class Route(Enum):
-    """What goes side by side: each has a lane inside nodes and one between them."""
+    """A kind of transfer. Each has a lane inside nodes and one between them, so that one does not wait for another."""
 
     GATHER = "gather"
     HOP1 = "hop 1"
@@ -42,23 +44,18 @@ class Route(Enum):
     REFRESH = "sync, refresh"
 
 
-_LANES = {(route, scope): f"{route.value}, {scope.value}" for route in Route for scope in Scope}
-"""What lanes are called in messages."""
-
-Finish = Callable[[list[torch.Tensor]], None]
+Addition = Callable[[list[torch.Tensor]], None]
 
 
-def track(rungs: Rungs, route: Route, scope: Scope) -> str:
-    """Of which name a lane and its groups are: on the top level hop 2 and refresh share them, as a group costs sockets
-    or GPU memory.
-    """
+def lane_name(rungs: Rungs, route: Route, scope: Scope) -> str:
+    """What the lane of a route and its groups are called, apart from the scope."""
     top = scope is rungs.scope(len(rungs.degrees) - 2)
     return "slow" if top and route in (Route.HOP2, Route.REFRESH) else route.value
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Between two degrees, the lower one first; what it is for, in errors and in the ledger."""
+    """A way between two degrees, the lower one first; errors call it `what`, and the ledger counts it as `action`."""
 
     route: Route
     what: str
@@ -77,7 +74,7 @@ class Ladder:
         self._counters = counters
         self._params = sharding.params
         self._names = [rungs.name(level) for level in rungs.levels(1, world.size)]
-        self._lanes: dict[tuple[Route, Scope], Lane] = {}
+        self._lanes: dict[tuple[Route, Scope], tuple[str, Lane]] = {}
         self._groups: dict[tuple[Route, int], Group] = {}
         spans = {
             Route.GATHER: (1, sharding.params),
@@ -88,11 +85,14 @@ class Ladder:
         for route, span in spans.items():
             for level in rungs.levels(*span):
                 scope = rungs.scope(level)
-                name = track(rungs, route, scope)
+                name = lane_name(rungs, route, scope)
+                lane = f"{name}, {scope.value}"
                 # A late gather stops the computation, and a late hop 1 the ring of buffers; the others have time.
                 urgent = route in (Route.GATHER, Route.HOP1)
-                self._lanes[route, scope] = world.lane(f"{name}, {scope.value}", urgent=urgent)
-                self._groups[route, level] = world.group(rungs.peers(self.rank, level), f"{self._names[level]}, {name}")
+                self._lanes[route, scope] = lane, world.lane(lane, urgent=urgent)
+                self._groups[route, level] = world.group(
+                    rungs.members(self.rank, level), f"{self._names[level]}, {name}"
+                )
 
     # ---- jobs for lanes
 
@@ -100,13 +100,14 @@ class Ladder:
         self, route: Route, scope: Scope, what: str, job: Callable[[], None], after: Sequence[Work] = ()
     ) -> Work:
         """Do a job that uses a route's groups, after all before it on its lane; its errors tell what it was."""
-        self.order.note(_LANES[route, scope], what, gather=route is Route.GATHER)
-        return self._lanes[route, scope].submit(what, job, after)
+        name, lane = self._lanes[route, scope]
+        self.order.note(name, what, gather=route is Route.GATHER)
+        return lane.submit(what, job, after)
 
     def reduce_scatter_async(
-        self, transfer: Transfer, buffer: torch.Tensor, finish: Finish, after: Sequence[Work] = ()
+        self, transfer: Transfer, buffer: torch.Tensor, add: Addition, after: Sequence[Work] = ()
     ) -> Work:
-        """Hand a reduce-scatter to its lanes; `finish` gets the parts that add up to mine, on the last of them.
+        """Hand a reduce-scatter to its lanes; `add` gets the addends of my piece, on the last of them.
 
         Overwrites `buffer`, which must stay as it is until the work is over.
         """
@@ -119,20 +120,20 @@ class Ladder:
             buffer = mine
 
         def last() -> None:
-            finish(self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
+            add(self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
 
         return self.submit(transfer.route, self.scope_above(low), transfer.what, last, after)
 
     def all_gather_async(
-        self, transfer: Transfer, piece: torch.Tensor, whole: torch.Tensor, after: Sequence[Work] = ()
+        self, transfer: Transfer, piece: torch.Tensor, out: torch.Tensor, after: Sequence[Work] = ()
     ) -> Work:
-        """Hand an all-gather to its lanes: `whole`, my piece at the lower degree, from everyone's at the higher one."""
+        """Hand an all-gather to its lanes: `out`, my piece at the lower degree, from everyone's at the higher one."""
         work: Work = DONE
         for low, high in reversed(self.rungs.legs(transfer.low, transfer.high)):
-            begin, end = self.range(whole.numel() * transfer.low, low, within=transfer.low)
-            job = partial(self.all_gather, transfer.route, transfer.action, piece, whole[begin:end], high, low)
+            begin, end = self.range(out.numel() * transfer.low, low, within=transfer.low)
+            job = partial(self.all_gather, transfer.route, transfer.action, piece, out[begin:end], low, high)
             work = self.submit(transfer.route, self.scope_above(low), transfer.what, job, after)
-            piece, after = whole[begin:end], [work]
+            piece, after = out[begin:end], [work]
         return work
 
     def all_gather_full(self, piece: torch.Tensor, whole: torch.Tensor, degree: int) -> None:
@@ -154,41 +155,41 @@ class Ladder:
     # ---- on a lane
 
     def all_gather(
-        self, route: Route, action: str, piece: torch.Tensor, whole: torch.Tensor, high: int, low: int
+        self, route: Route, action: str, piece: torch.Tensor, out: torch.Tensor, low: int, high: int
     ) -> None:
-        """Gather my piece at degree `low`, `whole`, from everyone's at degree `high`; `piece` may lie in it."""
+        """Gather my piece at `low`, `out`, from everyone's at `high`; `piece`, mine there, may lie in `out`."""
         for level in reversed(self.rungs.levels(low, high)):
-            begin, end = self.range(whole.numel() * low, self.rungs.degrees[level], within=low)
+            begin, end = self.range(out.numel() * low, self.rungs.degrees[level], within=low)
             self._count(action, level, piece)
             # The pieces of a level's ranks lie side by side in the order of the ranks, so nothing is rearranged.
-            self._groups[route, level].all_gather(whole[begin:end], piece)
-            piece = whole[begin:end]
+            self._groups[route, level].all_gather(out[begin:end], piece)
+            piece = out[begin:end]
 
     def reduce_scatter(
         self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int
     ) -> list[torch.Tensor]:
-        """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return parts that add up to mine.
+        """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return the addends of mine.
 
         The last addition is left to the caller, who knows where the sum is wanted. Overwrites `buffer`.
         """
-        parts = [buffer]
+        addends = [buffer]
         for level in self.rungs.levels(low, high):
-            self._add(buffer, parts)
+            self._add(buffer, addends)
             group = self._groups[route, level]
-            parts = group.exchange(buffer)
+            addends = group.exchange(buffer)
             buffer = buffer.view(len(group.membership.ranks), -1)[group.membership.index]
             self._count(action, level, buffer)
-        return parts
+        return addends
 
     def _reduce_scatter_into(
         self, transfer: Transfer, buffer: torch.Tensor, mine: torch.Tensor, low: int, high: int
     ) -> None:
         self._add(mine, self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
 
-    def _add(self, mine: torch.Tensor, parts: list[torch.Tensor]) -> None:
-        if len(parts) > 1:
-            self._counters.reduced(mine, parts)
-            accumulate(mine, parts, overwrite=True)
+    def _add(self, mine: torch.Tensor, addends: list[torch.Tensor]) -> None:
+        if len(addends) > 1:
+            self._counters.reduced(mine, addends)
+            accumulate(mine, addends, overwrite=True)
 
     def _count(self, action: str, level: int, piece: torch.Tensor) -> None:
         below, above = self.rungs.degrees[level : level + 2]
@@ -210,6 +211,7 @@ class Ladder:
         return rows
 
     def _everyone(self, level: int, rows: torch.Tensor, what: str) -> torch.Tensor:
+        # Any group of the level does: nothing else is under way.
         route = Route.GATHER if self.rungs.degrees[level] < self._params else Route.REFRESH
         group = self._groups[route, level]
         gathered = rows.new_empty((len(group.membership.ranks) * rows.shape[0], rows.shape[1]))
@@ -222,8 +224,8 @@ class Ladder:
     def range(self, size: int, degree: int, within: int = 1) -> tuple[int, int]:
         """Where my piece of a flat buffer of `size` elements lies, counted from my piece at the degree `within`."""
         length = size // degree
-        begin = self.rungs.piece(self.rank, degree) * length
-        begin -= self.rungs.piece(self.rank, within) * (size // within)
+        begin = self.rungs.piece_number(self.rank, degree) * length
+        begin -= self.rungs.piece_number(self.rank, within) * (size // within)
         return begin, begin + length
 
     def scope_above(self, degree: int) -> Scope:

@@ -123,12 +123,12 @@ class AdamW(torch.optim.Optimizer):
             _check_settings(group)
         runtime = self._runtime
         present = stepping.begin(runtime, self)
-        clip, skip = runtime.clipping.factor(present), runtime.clipping.overflow(present)
+        clip, skip = runtime.clipping.factor, runtime.clipping.overflow
         for unit, state in self._states:
             if unit in present:
                 self._update(unit, state, clip, skip)
                 runtime.gatherer.refresh(unit)
-        stepping.stepped(runtime, present)
+        stepping.end(runtime, present)
         return loss
 
     def _update(self, unit: Unit, state: _State, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
@@ -150,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
                 shards.master[span],
                 state.exp_avg[span],
                 state.exp_avg_sq[span],
-                shards.synced[span],
+                shards.grad_mean[span],
                 None if weights is None else weights[span],
                 lr=run.each("lr"),
                 step=step,
@@ -177,7 +177,7 @@ class AdamW(torch.optim.Optimizer):
         """As torch's, of this rank's slices."""
         for unit, state in self._states:
             skipped = [0.0] * len(state.steps) if state.skipped is None else state.skipped.tolist()
-            for index, (begin, end) in enumerate(unit.trained.parts):
+            for index, (begin, end) in enumerate(unit.trained.spans):
                 if state.groups[index] is not None and state.steps[index]:
                     self.state[unit.trained.parameters[index]] = {
                         "step": torch.tensor(state.steps[index] - skipped[index]),
@@ -195,7 +195,7 @@ class AdamW(torch.optim.Optimizer):
         return {
             number_of[id(parameter)]: {"exp_avg": state.exp_avg[begin:end], "exp_avg_sq": state.exp_avg_sq[begin:end]}
             for unit, state in self._states
-            for parameter, (begin, end) in zip(unit.trained.parameters, unit.trained.parts, strict=True)
+            for parameter, (begin, end) in zip(unit.trained.parameters, unit.trained.spans, strict=True)
             if id(parameter) in number_of
         }
 
@@ -208,7 +208,7 @@ class AdamW(torch.optim.Optimizer):
             state.groups = [groups.get(id(parameter)) for parameter in unit.trained.parameters]
             state.runs = {}
             state.skipped, state.steps = None, [0] * len(state.steps)
-            for index, (begin, end) in enumerate(unit.trained.parts):
+            for index, (begin, end) in enumerate(unit.trained.spans):
                 loaded = self.state.get(unit.trained.parameters[index], {})
                 state.steps[index] = int(loaded.get("step", 0))
                 for key, flat in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
@@ -237,18 +237,18 @@ def _check_settings(group: Mapping[str, Any]) -> None:
 def _taking_part(unit: Unit) -> tuple[bool, ...]:
     """Which parameters are to be updated: users may take a gradient away, and may not put another in its place."""
     shards = unit.trained
-    for parameter, grad, used in zip(shards.parameters, shards.grads, unit.used, strict=True):
+    for parameter, grad, used in zip(shards.parameters, shards.grads, unit.took_part, strict=True):
         if used and parameter.grad is not grad and parameter.grad is not None:
             raise LifecycleError(
                 f"step: a gradient of {unit.name} was replaced by assignment, and mics.AdamW reads the one it was: "
                 "change p.grad in place"
             )
-    return tuple([used and p.grad is not None for p, used in zip(shards.parameters, unit.used, strict=True)])
+    return tuple([used and p.grad is not None for p, used in zip(shards.parameters, unit.took_part, strict=True)])
 
 
 def _cut(unit: Unit, state: _State) -> Iterator[_Run]:
     """Join neighbours that took part, as far as a launch can take them together."""
-    parts, taking_part = unit.trained.parts, _taking_part(unit)
+    parts, taking_part = unit.trained.spans, _taking_part(unit)
 
     def circumstances(index: int) -> tuple[object, ...] | None:
         group = state.groups[index]

@@ -39,8 +39,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             raise ConfigError("step: got a closure, which would make gradients too late: run it before step()")
         present = stepping.begin(runtime, optimizer)
         runtime.clipping.apply(present)
-        overflow = runtime.clipping.overflow(present)
+        overflow = runtime.clipping.overflow
         if overflow is not None and overflow.item():  # the step must be skipped; the host waits to know
+            # The optimizer finds no gradient and does nothing, and `_after_step` finds none and refreshes nothing.
             for unit in present:
                 unit.hide_grads()
 
@@ -63,7 +64,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
             for unit in present:
                 unit.trained.round_master()
                 runtime.gatherer.refresh(unit)
-            stepping.stepped(runtime, present)
+            stepping.end(runtime, present)
 
 
 def _runtimes(optimizer: Optimizer) -> list[Runtime]:

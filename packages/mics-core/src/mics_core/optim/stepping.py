@@ -13,9 +13,9 @@ from mics_core.unit.unit import Unit
 
 def settle(runtime: Runtime, caller: str) -> list[Unit]:
     """The units that have a gradient, which is the mean over all ranks now."""
-    runtime.lifecycle.rest(caller)
+    runtime.lifecycle.require_rest(caller)
     runtime.lifecycle.free()  # what a loop that was left early has prefetched: the step changes what gathers read
-    if not runtime.reducer.finished:
+    if not runtime.reducer.agreed:
         runtime.clipping.begin()
     return runtime.reducer.finish()
 
@@ -39,15 +39,16 @@ def begin(runtime: Runtime, optimizer: Optimizer) -> list[Unit]:
         for group in optimizer.param_groups
     ]
     runtime.ladder.order.call(f"a step of {type(optimizer).__name__} with {settings}")
+    runtime.clipping.find_overflow(present)
     return present
 
 
-def stepped(runtime: Runtime, present: list[Unit]) -> None:
+def end(runtime: Runtime, present: list[Unit]) -> None:
     """The optimizer has used these gradients."""
-    if runtime.reducer.stepped() and runtime.scaling is not None:
-        overflow = runtime.clipping.overflow(present)
-        assert overflow is not None
-        runtime.scaling.update(overflow)
+    if runtime.reducer.mark_stepped() and runtime.scaling is not None:
+        runtime.clipping.find_overflow(present)
+        assert runtime.clipping.overflow is not None
+        runtime.scaling.update(runtime.clipping.overflow)
 
 
 def _host_numbers(value: Any) -> object:

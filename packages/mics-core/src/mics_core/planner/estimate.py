@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mics_core.comm.ladder import Route, track
+from mics_core.comm.ladder import Route, lane_name
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster, Transport
@@ -90,8 +90,8 @@ class _Transfers:
         rungs, levels = self._formula.rungs, self._formula.sends(action, size)
         collective = "reduce" if action.startswith("hop") else "gather"
         for level, piece in levels:
-            peers, scope = rungs.peers(0, level), rungs.scope(level)
-            moves = found[f"{track(rungs, _ROUTES[action], scope)}, {scope.value}"]
+            peers, scope = rungs.members(0, level), rungs.scope(level)
+            moves = found[f"{lane_name(rungs, _ROUTES[action], scope)}, {scope.value}"]
             moves.append(self._collectives.send(collective, peers, piece))
             if collective == "reduce" and (self._sums_itself or level == levels[-1][0]):
                 parts = len(peers) if self._sums_itself else 1

@@ -73,14 +73,14 @@ class Rungs:
         """The rank in mixed radix, one digit a level."""
         return tuple(rank // low % (high // low) for low, high in zip(self.degrees, self.degrees[1:], strict=False))
 
-    def piece(self, rank: int, degree: int) -> int:
+    def piece_number(self, rank: int, degree: int) -> int:
         """The number of the piece that a rank holds of a state cut into `degree` pieces."""
         number = 0
         for level, digit in zip(self.levels(1, degree), self.digits(rank), strict=False):
             number = number * (self.degrees[level + 1] // self.degrees[level]) + digit
         return number
 
-    def peers(self, rank: int, level: int) -> tuple[int, ...]:
+    def members(self, rank: int, level: int) -> tuple[int, ...]:
         """The ranks that a rank meets on a level, in the order of their pieces."""
         low, high = self.degrees[level], self.degrees[level + 1]
         first = rank - self.digits(rank)[level] * low

@@ -29,8 +29,10 @@ class Clipping:
 
     def begin(self) -> None:
         """Gradients are new: nothing is known of them."""
-        self._overflow: torch.Tensor | None = None
-        self._factor: torch.Tensor | None = None  # to multiply gradients by that are in memory
+        self.factor: torch.Tensor | None = None
+        """What gradients are still to be multiplied by."""
+        self.overflow: torch.Tensor | None = None
+        """With a loss scale, a flag that is not 0 if a gradient is not finite, so that the step must be skipped."""
 
     def leave_to(self, units: Iterable[Unit]) -> None:
         """The optimizer of these units multiplies by `factor` as it reads their gradients."""
@@ -39,42 +41,35 @@ class Clipping:
     def clip(self, present: Sequence[Unit], max_norm: float) -> torch.Tensor:
         """Make the norm at most `max_norm`; returns the norm before."""
         norm = self._measure(present)
-        if self._factor is not None:
-            norm = norm * self._factor
+        if self.factor is not None:
+            norm = norm * self.factor
         shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        self._factor = shrink if self._factor is None else self._factor * shrink
+        self.factor = shrink if self.factor is None else self.factor * shrink
         if not all(unit.number in self._fused for unit in present):
             self.apply(present)
         return norm
 
-    def overflow(self, present: Sequence[Unit]) -> torch.Tensor | None:
-        """With a loss scale, a flag that is not 0 if a gradient is not finite, so that the step must be skipped."""
-        if self._scaling is not None and self._overflow is None:
+    def find_overflow(self, present: Sequence[Unit]) -> None:
+        """Let `overflow` and `factor` be known before a step, also without a clip."""
+        if self._scaling is not None and self.overflow is None:
             self._measure(present)
-        return self._overflow
-
-    def factor(self, present: Sequence[Unit]) -> torch.Tensor | None:
-        """What gradients are still to be multiplied by."""
-        self.overflow(present)  # measured once, with the loss scale
-        return self._factor
 
     def apply(self, present: Sequence[Unit]) -> None:
         """Multiply the gradients in memory now, for an optimizer that reads them as they are."""
-        factor = self.factor(present)
-        if factor is not None:
+        if self.factor is not None:
             for unit in present:
-                unit.trained.synced.mul_(factor.to(unit.trained.synced.dtype))
-                self._counters.moved("clip", 2 * unit.trained.synced.nbytes)
-        self._factor = None
+                unit.trained.grad_mean.mul_(self.factor.to(unit.trained.grad_mean.dtype))
+                self._counters.moved("clip", 2 * unit.trained.grad_mean.nbytes)
+        self.factor = None
 
     def _measure(self, present: Sequence[Unit]) -> torch.Tensor:
         """The norm of the gradients in memory."""
         sums = torch.zeros(len(present) + 1, 2, device=self._device)
         for row, unit in zip(sums, present, strict=False):
-            self._counters.moved("square_sum", unit.trained.synced.nbytes)
-            row[0], row[1] = square_sum(unit.trained.synced)
+            self._counters.moved("square_sum", unit.trained.grad_mean.nbytes)
+            row[0], row[1] = square_sum(unit.trained.grad_mean)
         total = self._ladder.total(sums.double().sum(0), self._degree)
-        if self._scaling is not None and self._overflow is None:
-            self._overflow = total[1].float()
-            self._factor = 1 / self._scaling.scale
+        if self._scaling is not None and self.overflow is None:
+            self.overflow = total[1].float()
+            self.factor = 1 / self._scaling.scale
         return total[0].sqrt().float()

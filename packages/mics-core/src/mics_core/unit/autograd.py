@@ -16,24 +16,26 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _anchor: torch.Tensor, views: Sequence[torch.Tensor], finish: Callable[..., None]
+        ctx: Any, _anchor: torch.Tensor, views: Sequence[torch.Tensor], on_gradients: Callable[..., None]
     ) -> tuple[torch.Tensor, ...]:
-        ctx.finish = finish
+        ctx.on_gradients = on_gradients
         ctx.set_materialize_grads(False)
         return tuple([view.detach() for view in views])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[None, None, None]:
-        ctx.finish(grads)
+        ctx.on_gradients(grads)
         return None, None, None
 
 
-def whole(anchor: torch.Tensor, views: Sequence[torch.Tensor], finish: Callable[..., None]) -> tuple[torch.Tensor, ...]:
-    """The views as tensors to differentiate by; `finish` gets their gradients, when those of all of them are there.
+def whole(
+    anchor: torch.Tensor, views: Sequence[torch.Tensor], on_gradients: Callable[..., None]
+) -> tuple[torch.Tensor, ...]:
+    """The views as tensors to differentiate by; `on_gradients` gets their gradients once all of them are there.
 
     `anchor` is an empty tensor that requires gradients, which makes autograd keep the node.
     """
-    outputs: tuple[torch.Tensor, ...] = _Whole.apply(anchor, views, finish)  # type: ignore[no-untyped-call]
+    outputs: tuple[torch.Tensor, ...] = _Whole.apply(anchor, views, on_gradients)  # type: ignore[no-untyped-call]
     return outputs
 
 

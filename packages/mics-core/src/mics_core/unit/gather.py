@@ -31,9 +31,9 @@ class Gatherer:
 
     def unshard(self, unit: Unit) -> None:
         """Someone is going to use the unit: have it on its way at least."""
-        if not unit.users and unit.state is not ShardedState.SHARDED and not unit.rests:
+        if not unit.uses and unit.state is not ShardedState.SHARDED and not unit.stays_whole:
             self.ahead -= unit.nbytes
-        unit.users += 1
+        unit.uses += 1
         if unit.state is ShardedState.SHARDED:
             self._start(unit)
 
@@ -47,8 +47,8 @@ class Gatherer:
 
     def reshard(self, unit: Unit, *, keep: bool) -> None:
         """One use is over; after the last one the unit is freed, unless it is to be kept for the next."""
-        unit.users -= 1
-        if unit.users or unit.rests:
+        unit.uses -= 1
+        if unit.uses or unit.stays_whole:
             return
         self.ahead += unit.nbytes
         if not keep:
@@ -56,7 +56,7 @@ class Gatherer:
 
     def free(self, unit: Unit) -> None:
         """Give back the memory of a unit that nobody uses."""
-        if unit.users or unit.rests or unit.lost or unit.state is ShardedState.SHARDED:
+        if unit.uses or unit.stays_whole or unit.lost or unit.state is ShardedState.SHARDED:
             return
         self.wait_unshard(unit)  # a message under way needs its memory
         for part in unit.parts:
@@ -76,7 +76,7 @@ class Gatherer:
 
     def refresh(self, unit: Unit) -> None:
         """The optimizer changed `refreshed` of this unit: bring the new weights to where gathers start from."""
-        if unit.users:
+        if unit.uses:
             raise LifecycleError(
                 f"step: {unit.name} is in use by a forward or backward, so its parameters cannot change: step after "
                 "the backward"
@@ -89,7 +89,7 @@ class Gatherer:
         transfer = Transfer(Route.REFRESH, f"refresh of {unit.name}", "refresh", low, high)
         if unit.trains:
             unit.refreshing = self._ladder.all_gather_async(transfer, unit.trained.refreshed, unit.trained.shard)
-        if unit.rests:
+        if unit.stays_whole:
             unit.unsharding = unit.refreshing
             unit.state = ShardedState.UNSHARDING
 

@@ -1,8 +1,8 @@
-"""What becomes of gradients: packed and summed after every backward (hop 1), over all ranks once a step (hop 2).
+"""What becomes of gradients: packed and summed over G ranks in each backward (hop 1), over all once a step (hop 2).
 
-NONE -> SHARDED      hop1: the first backward since the last step overwrites `sharded`, those after it add
-SHARDED -> SYNCED    hop2: `synced` holds the mean over all ranks
-any -> NONE          the step has used it, or the user's zero_grad has dropped it
+NONE -> PARTIAL      hop1: the first backward since the last step overwrites `grad_sum`, those after it add
+PARTIAL -> FINAL     hop2 is handed over: `grad_mean` holds the mean of all ranks after `unit.reducing`
+any -> NONE          the first backward after a step that used it, or after the user's zero_grad dropped it
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Reducer:
         self.units = [unit for unit in units if unit.trains]
         self._world = world
         self._ladder = ladder
-        self._degrees = sharding
+        self._sharding = sharding
         self._counters = counters
         self._mean = 1 / world.size
         # float16 overflows in a sum over many ranks, so there the division comes before; else it comes last, once.
@@ -53,11 +53,11 @@ class Reducer:
         legs = len(ladder.rungs.legs(sharding.grads, world.size))
         self._wires = _Ring(legs, largest // sharding.grads, precision.reduce)
         self._stepped = False
-        self.finished = False  # whether all ranks have agreed since the last gradient came
+        self.agreed = False  # whether all ranks have agreed since the last gradient came
         self._asked: tuple[Question, Answers] | None = None
 
     def hop1(self, unit: Unit, grads: Sequence[torch.Tensor | None]) -> None:
-        """Add a backward's gradients to `sharded`, summed over the ranks that share a copy of it."""
+        """Add a backward's gradients to `grad_sum`, summed over the ranks that share a copy of it."""
         shards = unit.trained
         present = [
             (index, grad)
@@ -71,19 +71,19 @@ class Reducer:
         early = self._mean if self._early else 1.0
         late = self._mean if not self._hop2 and not self._early else 1.0
         if overwrite and not self._hop1_travels:
-            self._ladder.wait(unit.reducing)  # hop 2 of the last step may still read `sharded`
-            self._pack(tensors, shards.sharded, offsets, early)
+            self._ladder.wait(unit.reducing)  # hop 2 of the last step may still read `grad_sum`
+            self._pack(tensors, shards.grad_sum, offsets, early)
             return
-        buffer, free = self._staging.next(shards.layout.size, shards.sharded.device)
-        self._ladder.wait(free)
+        buffer, busy = self._staging.next(shards.layout.size, shards.grad_sum.device)
+        self._ladder.wait(busy)
         self._pack(tensors, buffer, offsets, early)
 
-        def add(parts: list[torch.Tensor]) -> None:
-            self._counters.added(shards.sharded, parts, overwrite=overwrite)
-            accumulate(shards.sharded, parts, late, overwrite=overwrite)
+        def add(addends: list[torch.Tensor]) -> None:
+            self._counters.added(shards.grad_sum, addends, overwrite=overwrite)
+            accumulate(shards.grad_sum, addends, late, overwrite=overwrite)
 
         if self._hop1_travels:
-            transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._degrees.grads)
+            transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._sharding.grads)
             unit.reducing = self._ladder.reduce_scatter_async(transfer, buffer, add, after=[unit.reducing])
             self._staging.busy_until(unit.reducing)
         else:
@@ -92,17 +92,17 @@ class Reducer:
 
     def hop2(self, unit: Unit) -> None:
         """From the sum over the ranks that share a copy to the mean over all."""
-        unit.gradient = Gradient.SYNCED
+        unit.gradient = Gradient.FINAL
         if not self._hop2:
             return
-        sharded = unit.trained.sharded
-        if sharded.dtype == self._wires.dtype:
-            unit.reducing = self._to_the_top(unit, sharded, unit.reducing)
+        grad_sum = unit.trained.grad_sum
+        if grad_sum.dtype == self._wires.dtype:
+            unit.reducing = self._to_the_top(unit, grad_sum, unit.reducing)
             return
-        wire, free = self._wires.next(sharded.numel(), sharded.device)
-        scope = self._ladder.scope_above(self._degrees.grads)
-        job = partial(self._pack, [sharded], wire, [0], 1.0)
-        packed = self._ladder.submit(Route.HOP2, scope, f"hop 2 of {unit.name}", job, after=[unit.reducing, free])
+        wire, busy = self._wires.next(grad_sum.numel(), grad_sum.device)
+        scope = self._ladder.scope_above(self._sharding.grads)
+        job = partial(self._pack, [grad_sum], wire, [0], 1.0)
+        packed = self._ladder.submit(Route.HOP2, scope, f"hop 2 of {unit.name}", job, after=[unit.reducing, busy])
         unit.reducing = self._to_the_top(unit, wire, packed)
         self._wires.busy_until(unit.reducing)
 
@@ -112,7 +112,7 @@ class Reducer:
         The backward of the last micro-step ends with this, and the answer travels beside hop 2. The order of transfers
         is compared in the same message.
         """
-        used = [used for unit in self.units for used in unit.used]
+        used = [used for unit in self.units for used in unit.took_part]
         question = self._ladder.order.question()
         answers = self._world.max_async([*question.numbers, *used], "comparing which parameters took part")
         self._asked = question, answers
@@ -122,29 +122,29 @@ class Reducer:
         """Before clipping or stepping: the units that have a gradient, each the mean over all ranks now."""
         present = [unit for unit in self.units if unit.has_gradient()]
         # A step without a backward is none, and asks: on other ranks there may have been one.
-        if self.finished and (present or not self._stepped):
+        if self.agreed and (present or not self._stepped):
             return present
         for unit in present:
             unit.trained.check_in_place()
             unit.check_grads_untouched()
-            if unit.gradient is Gradient.SHARDED:
+            if unit.gradient is Gradient.PARTIAL:
                 self.hop2(unit)
         question, answers = self._asked or self.ask()
-        largest, length = answers.read(), len(question.numbers)
+        largest, length = answers.read(), len(question.numbers)  # the host waits here, until all hosts have asked
         self._ladder.order.check(question, largest[:length])
         used = iter(largest[length:])
         for unit in self.units:
-            for index, mine in enumerate(unit.used):
+            for index, mine in enumerate(unit.took_part):
                 if next(used) and not mine and unit in present:
-                    unit.use(index)
+                    unit.take_part(index)
         for unit in present:
             self._ladder.wait(unit.reducing)
             unit.allow_writes()
-        self.finished, self._asked = True, None
+        self.agreed, self._asked = True, None
         return present
 
-    def stepped(self) -> bool:
-        """An optimizer has used the gradients: the next backward begins anew. False if another one had, too."""
+    def mark_stepped(self) -> bool:
+        """An optimizer has used the gradients, so the next backward begins anew; return whether it is the first to."""
         first, self._stepped = not self._stepped, True
         return first
 
@@ -158,29 +158,29 @@ class Reducer:
             unit.reset_gradient()
 
     def _to_the_top(self, unit: Unit, wire: torch.Tensor, ready: Work) -> Work:
-        """Reduce-scatter from G to the top, and from there to `synced`; `wire` is the gradient in the dtype that
+        """Reduce-scatter from G to the top, and from there to `grad_mean`; `wire` is the gradient in the dtype that
         travels.
         """
         ladder, shards, what = self._ladder, unit.trained, f"hop 2 of {unit.name}"
-        low, high, world = self._degrees.grads, self._degrees.optimizer, self._world.size
+        low, high, world = self._sharding.grads, self._sharding.optimizer, self._world.size
         late = 1.0 if self._early else self._mean
         up = Transfer(Route.HOP2, what, "hop 2", low, world)
         if high == world:
-            return ladder.reduce_scatter_async(up, wire, partial(self._write, shards.synced, late), after=[ready])
+            return ladder.reduce_scatter_async(up, wire, partial(self._write, shards.grad_mean, late), after=[ready])
         begin, end = ladder.range(shards.layout.size, world, within=low)
         mine = wire[begin:end]
         top = ladder.reduce_scatter_async(up, wire, partial(self._write, mine, late), after=[ready])
         begin, end = ladder.range(shards.layout.size, high, within=low)
-        synced = wire[begin:end]
-        work = ladder.all_gather_async(Transfer(Route.REFRESH, what, "sync", high, world), mine, synced, after=[top])
-        if wire is shards.sharded:
+        mean = wire[begin:end]
+        work = ladder.all_gather_async(Transfer(Route.REFRESH, what, "sync", high, world), mine, mean, after=[top])
+        if wire is shards.grad_sum:
             return work
-        job = partial(self._write, shards.synced, 1.0, [synced])
+        job = partial(self._write, shards.grad_mean, 1.0, [mean])
         return ladder.submit(Route.REFRESH, ladder.scope_above(high), what, job, after=[work])
 
-    def _write(self, target: torch.Tensor, scale: float, parts: Sequence[torch.Tensor]) -> None:
-        self._counters.added(target, parts, overwrite=True)
-        accumulate(target, parts, scale, overwrite=True)
+    def _write(self, target: torch.Tensor, scale: float, addends: Sequence[torch.Tensor]) -> None:
+        self._counters.added(target, addends, overwrite=True)
+        accumulate(target, addends, scale, overwrite=True)
 
     def _pack(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
         self._counters.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
@@ -193,7 +193,7 @@ class Reducer:
             self.reset()
         if unit.dropped():
             unit.reset_gradient()
-        if unit.gradient is Gradient.SYNCED:
+        if unit.gradient is Gradient.FINAL:
             raise LifecycleError(
                 f"backward: the gradient of {unit.name} was summed over all ranks already, so nothing can be added to "
                 "it: step or zero_grad first, and if one micro-batch takes several backwards, loop over the "
@@ -204,11 +204,11 @@ class Reducer:
             unit.allow_writes()
         else:
             unit.check_grads_untouched()
-        unit.gradient = Gradient.SHARDED
-        self.finished, self._asked = False, None
+        unit.gradient = Gradient.PARTIAL
+        self.agreed, self._asked = False, None
         for index in present:
-            if not unit.used[index]:
-                unit.use(index)
+            if not unit.took_part[index]:
+                unit.take_part(index)
         return first
 
 

@@ -1,12 +1,17 @@
 """The memory of one unit's parameters on one rank: what rests here, and what comes and goes.
 
-    flat      [N]      compute dtype   the whole unit; its memory exists only while it is gathered, unless P = 1
-    shard     [N / P]  compute dtype   my piece of it, what gathers start from
-    master    [N / O]  master dtype    what the optimizer updates; part of `shard` where the dtypes agree
-    sharded   [N / G]  master dtype    gradients summed over the G ranks below and over the micro-steps so far
-    synced    [N / O]  master dtype    the part of `sharded` that the optimizer reads, once it is summed over all ranks
+    flat       [N]      compute dtype   the whole unit; its memory exists only while it is gathered, unless P = 1
+    shard      [N / P]  compute dtype   my piece of it, what gathers start from
+    refreshed  [N / O]  compute dtype   the part of `shard` that my `master` is rounded into
+    master     [N / O]  master dtype    what the optimizer updates; it is `refreshed` itself where the dtypes agree
+    grad_sum   [N / G]  master dtype    gradients summed over the G ranks below and over the micro-steps so far
+    grad_mean  [N / O]  master dtype    the part of `grad_sum` that the optimizer reads: after hop 2 the mean
 
 Frozen parameters have a `flat` and a `shard` of their own, and nothing else: they are slices of that `shard`.
+
+Three buffers are two tensors each over the same memory. Autograd counts the writes through a tensor, its version, and
+so tells what a user wrote from what this runtime did. What users and autograd see is `flat`, `_master_seen` and
+`_grad_sum_seen`; the runtime writes through `incoming`, `master` and `grad_sum`, which leaves those versions alone.
 """
 
 from __future__ import annotations
@@ -39,9 +44,9 @@ class Shards:
         trained: bool,
     ) -> None:
         self.sites = [member.sites for member in members]
-        self.trained = trained
+        self.is_trained = trained
         self.layout = layout = Layout.plan([(m.name, m.parameter.shape) for m in members], ladder.rungs.degrees[-1])
-        self.degrees = sharding
+        self.sharding = sharding
         size, p, device = layout.size, sharding.params, world.device
         o = sharding.optimizer if trained else p
         # Zeros, because the padding between parameters takes part in comparisons, and in norms of gradients.
@@ -50,41 +55,36 @@ class Shards:
         self._bytes = self._storage.nbytes()
         self._streams = world.streams
         self._taken_on: Any = None  # the stream
-        # Writes through `incoming` leave the version of `flat` alone: autograd would take a gather for a change of
-        # what it saved, and we could not tell a change by the user from our own.
         self.incoming = self.flat.data
         self.views = [self.flat[slot.begin : slot.end].view(slot.shape) for slot in layout.slots]
         self.shard = self.incoming if p == 1 else self.incoming.new_zeros(size // p)
         begin, end = ladder.range(size, o, within=p)
         self.refreshed = self.shard[begin:end]
-        """The part of `shard` that this rank's master becomes."""
         shared = not trained or precision.master == precision.compute
         self.master = self.refreshed if shared else torch.zeros(end - begin, dtype=precision.master, device=device)
         self._shard_at, self._master_at = ladder.range(size, p)[0], ladder.range(size, o)[0]
-        self.parts = layout.within(self._master_at, self._master_at + len(self.master))
+        self.spans = layout.within(self._master_at, self._master_at + len(self.master))
         """What of each parameter lies in `master`."""
-        # What users write into parameters has a version of its own, so that it is not taken for the optimizer's work.
-        self._users_master = self.master.data
+        self._master_seen = self.master.data
         self.accept_writes()
         self.parameters = [
-            slice_of(member.parameter, member.name, self._users_master[begin:end])
-            for member, (begin, end) in zip(members, self.parts, strict=True)
+            slice_of(member.parameter, member.name, self._master_seen[begin:end])
+            for member, (begin, end) in zip(members, self.spans, strict=True)
         ]
         if trained:
-            users = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
+            seen = torch.zeros(size // sharding.grads, dtype=precision.master, device=device)
             begin, end = ladder.range(size, o, within=sharding.grads)
-            self.grads = [users[begin:end][first:last] for first, last in self.parts]
-            self._user_gradient = users
-            # Again, what we write does not count as the user's change.
-            self.sharded = users.data
-            self.synced = self.sharded[begin:end]
+            self.grads = [seen[begin:end][first:last] for first, last in self.spans]
+            self._grad_sum_seen = seen
+            self.grad_sum = seen.data
+            self.grad_mean = self.grad_sum[begin:end]
         self._flat_version = self.flat._version
         self.free()
 
     @property
-    def rests(self) -> bool:
+    def stays_whole(self) -> bool:
         """Whether the whole unit stays in memory."""
-        return self.degrees.params == 1
+        return self.sharding.params == 1
 
     @property
     def nbytes(self) -> int:
@@ -93,14 +93,14 @@ class Shards:
 
     def allocate(self) -> None:
         """Give `flat` its memory, with nothing in it."""
-        if not self.rests:
+        if not self.stays_whole:
             # Before the memory comes: here a recording sees what was freed.
             self._taken_on = self._streams and self._streams.current_stream(self.flat.device)
             self._storage.resize_(self._bytes)
 
     def free(self) -> None:
         """Take the memory of `flat` away; views of it, also those that autograd saved, stay valid for the next time."""
-        if not self.rests:
+        if not self.stays_whole:
             # The memory goes back to the stream that took it, which must not give it away before this one is done.
             if self._taken_on is not None and self._taken_on != (
                 here := self._streams.current_stream(self.flat.device)
@@ -144,7 +144,7 @@ class Shards:
     def check_in_place(self) -> None:
         """Raise if a parameter does not lie in `master` any more: what the optimizer then changes would be lost."""
         start = self.master.data_ptr()
-        for slot, parameter, (begin, end) in zip(self.layout.slots, self.parameters, self.parts, strict=True):
+        for slot, parameter, (begin, end) in zip(self.layout.slots, self.parameters, self.spans, strict=True):
             lies = parameter.data_ptr() == start + begin * self.master.itemsize
             if end > begin and not (lies and parameter.dtype == self.master.dtype):
                 raise LifecycleError(
@@ -156,16 +156,16 @@ class Shards:
     @property
     def gradient_version(self) -> int:
         """A number that changes when someone else writes into `p.grad`."""
-        return self._user_gradient._version
+        return self._grad_sum_seen._version
 
     @property
     def written(self) -> bool:
         """Whether `master` was changed through the parameters since `accept_writes`."""
-        return self._users_master._version != self._users_version
+        return self._master_seen._version != self._version_seen
 
     def accept_writes(self) -> None:
         """What was written through the parameters so far is accounted for."""
-        self._users_version = self._users_master._version
+        self._version_seen = self._master_seen._version
 
     def round_master(self) -> None:
         """Round `master` into my part of `shard`, `refreshed`."""

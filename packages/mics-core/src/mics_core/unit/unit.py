@@ -14,7 +14,7 @@ from mics_core.unit.views import ParamViews
 
 
 class ShardedState(Enum):
-    """Where a whole unit is. gather.py owns the transitions."""
+    """Whether a unit is gathered. gather.py owns the transitions."""
 
     SHARDED = "sharded"
     UNSHARDING = "unsharding"
@@ -25,8 +25,8 @@ class Gradient(Enum):
     """How far a unit's gradient has come. reduce.py owns the transitions."""
 
     NONE = "none"
-    SHARDED = "sharded"
-    SYNCED = "synced"
+    PARTIAL = "partial"
+    FINAL = "final"
 
 
 class Unit:
@@ -40,27 +40,32 @@ class Unit:
         self.parts = [part for part in (trained, frozen) if part.parameters]
         self.views = ParamViews(self.parts)
         self.nbytes = sum(part.nbytes for part in self.parts)
-        self.rests = all(part.rests for part in self.parts)  # with P = 1 whole units stay in memory
+        self.stays_whole = all(part.stays_whole for part in self.parts)  # with P = 1 whole units stay in memory
         self.left_behind: list[tuple[dict[str, Any], str]] | None = (
             None  # attributes that hold outputs; None: not looked yet
         )
 
-        self.state = ShardedState.UNSHARDED if self.rests else ShardedState.SHARDED
-        self.users = 0  # forwards and backwards that are using it now
+        self.state = ShardedState.UNSHARDED if self.stays_whole else ShardedState.SHARDED
+        self.uses = 0  # forwards and backwards that are using it now
         self.unsharding: Work = DONE  # the last gather; where a whole unit rests, the last refresh
         self.refreshing: Work = DONE  # until then `shard` holds old weights
         self.lost = False  # it did not arrive: an error is on its way up, and a late message may still write here
 
         self.gradient = Gradient.NONE
-        self.used = [False] * len(trained.parameters)  # which parameters took part since the last step
+        self.took_part = [False] * len(trained.parameters)  # which parameters took part since the last step
         self.reducing: Work = DONE  # the last work on `sharded`
         self.awaited = 0  # backwards that the forwards of this pass have announced
         self._grads_version = trained.gradient_version
 
     @property
+    def is_root(self) -> bool:
+        """Whether it has what no other unit has, and its module is the model."""
+        return self.number == 0
+
+    @property
     def trains(self) -> bool:
         """Whether it has parameters that are trained."""
-        return bool(self.used)
+        return bool(self.took_part)
 
     def show_slices(self) -> None:
         """Let modules see what they saw before, and raise if someone wrote into the whole parameters."""
@@ -73,16 +78,18 @@ class Unit:
     def dropped(self) -> bool:
         """Whether the user's zero_grad has thrown the gradient away."""
         return self.gradient is not Gradient.NONE and all(
-            parameter.grad is None for parameter, used in zip(self.trained.parameters, self.used, strict=True) if used
+            parameter.grad is None
+            for parameter, used in zip(self.trained.parameters, self.took_part, strict=True)
+            if used
         )
 
     def has_gradient(self) -> bool:
         """Whether there is one for the next step."""
         return self.gradient is not Gradient.NONE and not self.dropped()
 
-    def use(self, index: int) -> None:
+    def take_part(self, index: int) -> None:
         """This parameter takes part in the next step."""
-        self.used[index] = True
+        self.took_part[index] = True
         self.trained.parameters[index].grad = self.trained.grads[index]
 
     def hide_grads(self) -> None:
@@ -93,7 +100,7 @@ class Unit:
     def reset_gradient(self) -> None:
         """No backward has come since the last step."""
         self.hide_grads()
-        self.used = [False] * len(self.used)
+        self.took_part = [False] * len(self.took_part)
         self.gradient = Gradient.NONE
 
     def allow_writes(self) -> None:
@@ -115,7 +122,7 @@ class Unit:
     def check_frozen(self) -> None:
         """Raise if a parameter that was frozen when the model was cut is to be trained now."""
         for part in self.parts:
-            if not part.trained and any(parameter.requires_grad for parameter in part.parameters):
+            if not part.is_trained and any(parameter.requires_grad for parameter in part.parameters):
                 raise LifecycleError(
                     f"{self.name}: a parameter that was frozen at mics.shard requires a gradient now, and has no "
                     "memory for one: let it require gradients before mics.shard, and freeze it after"

@@ -28,8 +28,8 @@ def watch_outputs(unit: Unit, outputs: Any, begin: Callable[[torch.Tensor], None
         )
 
 
-def watch_inputs(inputs: tuple[Any, Any], finish: Callable[[], None]) -> None:
-    """Call `finish` when the gradients of all inputs are there: so ends a unit without trained parameters."""
+def watch_inputs(inputs: tuple[Any, Any], on_gradients: Callable[[], None]) -> None:
+    """Call `on_gradients` when the gradients of all inputs are there: so ends a unit without trained parameters."""
     watched = [tensor for tensor in trees.tensors(inputs) if tensor.requires_grad]
     missing = len(watched)
 
@@ -39,14 +39,14 @@ def watch_inputs(inputs: tuple[Any, Any], finish: Callable[[], None]) -> None:
         if not missing:
             for handle in handles:  # of a leaf, such as a learned prompt, they would stay for ever
                 handle.remove()
-            finish()
+            on_gradients()
 
     handles = [tensor.register_hook(hook) for tensor in watched]  # type: ignore[no-untyped-call]
 
 
 def _check_own(unit: Unit, output: torch.Tensor) -> None:
     for part in unit.parts:
-        if not part.rests and part.holds(output):
+        if not part.stays_whole and part.holds(output):
             raise LifecycleError(
                 f"{unit.name}: its forward returned one of its parameters, whose memory is given back now: return a "
                 "copy of it, or make the module that uses it part of the same unit"
