@@ -18,7 +18,7 @@ setup: ## Build .venv with the locked versions, without CUDA where there is no G
 PATIENT := OMP_WAIT_POLICY=passive
 
 # Ranks wait for each other most of the time: a second process of tests uses the cores meanwhile.
-PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist worksteal
+PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadgroup
 test: setup ## Run the tests: five to six minutes on 2 cores, and the same draws every time.
 	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
 

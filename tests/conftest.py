@@ -75,7 +75,11 @@ def _interpreter_for_kernels_alone(request: pytest.FixtureRequest, monkeypatch: 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `deep`, unless it is asked for."""
+    """Leave out what is marked `deep`, unless it is asked for; one process of tests has all that need ranks."""
+    for item in items:
+        # Two pools at once would slow each other down: a collective waits until all of its ranks have had a core.
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
     if config.getoption("--deep"):
         return
     left_out = [item for item in items if item.get_closest_marker("deep")]
