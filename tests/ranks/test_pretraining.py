@@ -15,7 +15,7 @@ from mics_models.training.schedule import rate
 from pool import Pool
 
 RANKS = 4
-RUNS = [("gpt", (2, 2, 4)), ("gpt", (4, 4, 4)), ("bert", (1, 2, 4))]
+RUNS = [("gpt", (2, 2, 4)), ("bert", (1, 2, 4))]
 if is_deep():
     chains = list(combinations_with_replacement((1, 2, 4), 3))  # each divides the next
     RUNS = [(name, chain) for name in ("gpt", "bert") for chain in chains]
