@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mics_core.planner import Candidate, Cluster, Link, System, Transport, Workload
-from mics_core.planner.simulator import turn
+from mics_core.planner.simulator import mean_seconds
 from mics_core.spec.sharding import Precision, Sharding
 from workloads_by_hand import workload
 
@@ -125,7 +125,7 @@ class Row:
 
     def predict(self, fit: Fit) -> float:
         choice, system = self.choice()
-        simulated = turn(self.workload(), self.cluster(fit), choice, system, self.scene["steps"])
+        simulated = mean_seconds(self.workload(), self.cluster(fit), choice, system, self.scene["steps"])
         return simulated + fit.step * self.ranks / RANKS
 
     @cached_property

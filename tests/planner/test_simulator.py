@@ -13,10 +13,10 @@ import pytest
 from mics_core.errors import ConfigError
 from mics_core.planner import Candidate, Cluster, Link, System, Transport, curve_picture, simulate
 from mics_core.planner.collectives import Collectives, Move
-from mics_core.planner.engine import COMPUTE, Program
-from mics_core.planner.playing import Ours
+from mics_core.planner.engine import COMPUTE, TaskGraph
+from mics_core.planner.playing import Mics
 from mics_core.planner.scaling import Point, Scaling, curves, peer, table
-from mics_core.planner.simulator import turn
+from mics_core.planner.simulator import mean_seconds
 from mics_core.planner.timeline import draw, write_trace
 from mics_core.spec.formula import Formula
 from mics_core.spec.sharding import Precision, Sharding
@@ -54,21 +54,21 @@ WORK = workload(5, 10**6, 1e9, RANKS, root=(10**6, 2e8))
 
 
 def test_a_link_carries_one_transfer_at_a_time_and_latency_keeps_only_its_lane() -> None:
-    program = Program()
-    first = program.send("a", "first", [Move("net", 2.0, 5.0)])
-    second = program.send("b", "second", [Move("net", 3.0)])
-    behind = program.send("a", "behind", [Move(None, 1.0)])
-    assert program.run() == 8.0
+    graph = TaskGraph()
+    first = graph.send("a", "first", [Move("net", 2.0, 5.0)])
+    second = graph.send("b", "second", [Move("net", 3.0)])
+    behind = graph.send("a", "behind", [Move(None, 1.0)])
+    assert graph.run() == 8.0
     assert (first.end, second.end, behind.begin) == (7.0, 5.0, 7.0)
 
 
 def test_a_job_waits_for_what_was_computed_before_it_was_handed_out() -> None:
-    program = Program()
-    program.compute("early", 1.0)
-    job = program.send("a", "job", [Move("net", 1.0)])
-    program.compute("meanwhile", 3.0)
-    last = program.compute("last", 1.0, [job])
-    program.run()
+    graph = TaskGraph()
+    graph.compute("early", 1.0)
+    job = graph.send("a", "job", [Move("net", 1.0)])
+    graph.compute("meanwhile", 3.0)
+    last = graph.compute("last", 1.0, [job])
+    graph.run()
     assert (job.begin, job.end, last.begin) == (1.0, 2.0, 4.0)
 
 
@@ -79,13 +79,13 @@ def test_a_job_waits_for_what_was_computed_before_it_was_handed_out() -> None:
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_a_step_puts_the_formulas_bytes_on_every_link(degrees: tuple[int, int, int], micro_steps: int) -> None:
     one, choice = cluster(), candidate(*degrees, micro_steps=micro_steps)
-    program = Program()
-    schedule = Ours(program, WORK, Collectives(one), choice)
+    graph = TaskGraph()
+    schedule = Mics(graph, WORK, Collectives(one), choice)
     schedule.step(micro_steps)
-    before = len(program.tasks)
+    before = len(graph.tasks)
     schedule.step(micro_steps)
     busy = {"intra": 0.0, "inter": 0.0}
-    for task in program.tasks[before:]:
+    for task in graph.tasks[before:]:
         for move in task.moves:
             if move.link is not None and not task.name.startswith("norm"):
                 busy[move.link] += move.busy
@@ -130,14 +130,14 @@ def test_a_long_accumulation_takes_what_all_its_micro_steps_take() -> None:
     for degrees in SHARDINGS:
         choice = candidate(*degrees, micro_steps=9)
         slow = cluster(inter=5e8, latency=1e-4)
-        full = 4 * turn(WORK, slow, choice, steps=4) - 3 * turn(WORK, slow, choice, steps=3)
+        full = 4 * mean_seconds(WORK, slow, choice, steps=4) - 3 * mean_seconds(WORK, slow, choice, steps=3)
         assert simulate(WORK, slow, choice).seconds == pytest.approx(full, rel=2e-3)
 
 
 def test_the_steady_state_is_reached() -> None:
     for degrees in SHARDINGS:
         slow, choice = cluster(inter=3e8, latency=1e-4), candidate(*degrees, micro_steps=2)
-        later = 6 * turn(WORK, slow, choice, steps=6) - 5 * turn(WORK, slow, choice, steps=5)
+        later = 6 * mean_seconds(WORK, slow, choice, steps=6) - 5 * mean_seconds(WORK, slow, choice, steps=5)
         assert simulate(WORK, slow, choice).seconds == pytest.approx(later, rel=1e-3)
 
 

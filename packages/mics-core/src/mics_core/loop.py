@@ -24,10 +24,10 @@ Batch = TypeVar("Batch")
 
 
 def accumulate(model: nn.Module, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The micro-batches of one optimizer step, the last one marked: its backward sends gradients between replicas.
+    """The micro-batches of one optimizer step, the last one marked: hop 2 begins in its backward.
 
     So the slow links work while the backward computes. All ranks must bring equally many. Without it a loop is right,
-    too; gradients then travel at the clip or step.
+    too; hop 2 then waits for the clip or step.
 
     >>> for batch in accumulate(model, micro_batches):                            # doctest: +SKIP
     ...     (model(**batch) / len(micro_batches)).backward()

@@ -1,8 +1,8 @@
-"""The order in which transfers were handed to lanes, compared by the ranks that must agree on it, and what they call.
+"""The order in which transfers were handed to lanes, and calls were made; the ranks that must agree compare it.
 
-What a message is, its place in the order alone tells. Ranks that use units in different orders would gather one unit's
-bytes into another where sizes agree, and train on. So digests of the order travel with a message that every step sends
-anyway: of gathers one for each copy of the parameters, because the ranks of one copy may evaluate without the others;
+A message carries no name: its place in the order says what it is. Ranks that use units in different orders would
+gather one unit's bytes into another where sizes agree, and train on. So digests of the order travel with a message that
+every step sends anyway: of gathers one for each copy of the parameters, whose ranks may evaluate without the others;
 of all that sums gradients and brings new weights one for the whole world. That one covers calls, too, which should
 be the same on all ranks, with the same numbers, and need not send anything: an optimizer's learning rate, for one.
 """

@@ -1,6 +1,6 @@
 """A small event-driven simulation: work in lanes, one after another, that meets on links.
 
-A lane is what runs in order: the computation, or a queue of transfers. A link carries one transfer at a time, in the
+A lane is what runs in order, here the computation, too. A link carries one transfer at a time, in the
 order in which they come to it; a transfer's latency keeps its lane waiting, and not the link.
 """
 
@@ -28,7 +28,7 @@ class Task:
         self.ready = self.begin = self.end = 0.0
 
 
-class Program:
+class TaskGraph:
     """Tasks in the order in which the host hands them out."""
 
     def __init__(self) -> None:

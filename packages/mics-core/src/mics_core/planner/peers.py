@@ -14,7 +14,7 @@ from mics_core.planner.arithmetic import Arithmetic, Work
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Transport
 from mics_core.planner.collectives import Collectives, Move
-from mics_core.planner.engine import Program, Task
+from mics_core.planner.engine import Task, TaskGraph
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import UnitWork, Workload
@@ -29,8 +29,8 @@ class _Peer:
 
     system: System
 
-    def __init__(self, program: Program, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
-        self._program = program
+    def __init__(self, graph: TaskGraph, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
+        self._graph = graph
         self._collectives = collectives
         self._precision = candidate.precision
         self._arithmetic = Arithmetic(collectives.cluster, candidate, self.system)
@@ -43,16 +43,16 @@ class _Peer:
     def _compute(self, way: str, unit: UnitWork, after: Task | None) -> Task:
         work: Work = self._work[unit.name]
         seconds = (work.forward if way == "forward" else work.backward) + work.host
-        return self._program.compute(f"{way} {unit.name}", seconds, [after])
+        return self._graph.compute(f"{way} {unit.name}", seconds, [after])
 
     def _update(self, elements: int, after: Sequence[Task | None], norm: Move) -> Task:
         """Clip and step."""
-        program = self._program
-        program.compute("norm", self._arithmetic.norm(elements), after)
-        total = program.send(ALL_REDUCE, "norm", [norm])
-        program.compute("clip", 0.0, [total])
+        graph = self._graph
+        graph.compute("norm", self._arithmetic.norm(elements), after)
+        total = graph.send(ALL_REDUCE, "norm", [norm])
+        graph.compute("clip", 0.0, [total])
         host = sum(work.host for work in self._work.values())
-        return program.compute("update", self._arithmetic.update(elements) + host)
+        return graph.compute("update", self._arithmetic.update(elements) + host)
 
 
 class DDP(_Peer):
@@ -69,7 +69,7 @@ class DDP(_Peer):
             self._compute("forward", self._root, None)
             self._compute("backward", self._root, None)
             sums = self._backward(last=number == micro_steps - 1)
-            ends.append(self._program.compute("end of backward", 0.0, sums))
+            ends.append(self._graph.compute("end of backward", 0.0, sums))
         elements = sum(unit.size.trained for unit in (self._root, *self._units))
         ends.append(self._update(elements, [], Move(None, 0.0)))
         return ends
@@ -92,7 +92,7 @@ class DDP(_Peer):
 
     def _send(self, count: float) -> Task:
         everyone = self._collectives.contiguous(self._collectives.cluster.ranks)
-        return self._program.send(ALL_REDUCE, "bucket", [self._collectives.ring("all-reduce", everyone, count)])
+        return self._graph.send(ALL_REDUCE, "bucket", [self._collectives.ring("all-reduce", everyone, count)])
 
 
 class FSDP2(_Peer):
@@ -100,8 +100,8 @@ class FSDP2(_Peer):
 
     system = System.FSDP2
 
-    def __init__(self, program: Program, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
-        super().__init__(program, workload, collectives, candidate)
+    def __init__(self, graph: TaskGraph, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
+        super().__init__(graph, workload, collectives, candidate)
         self._kept, self._cut = candidate.sharding.params, candidate.sharding.optimizer
         world = collectives.cluster.ranks
         if world % self._cut or self._cut % self._kept:
@@ -121,7 +121,7 @@ class FSDP2(_Peer):
                 pass
             backward = self._pass("backward", [self._root, *reversed(self._units)], self._kept)
             sums = [self._reduce(unit, last=number == micro_steps - 1) for unit in backward]
-            ends.append(self._program.compute("end of backward", 0.0))
+            ends.append(self._graph.compute("end of backward", 0.0))
         elements = sum(unit.size.trained for unit in (self._root, *self._units)) // self._cut
         ring = self._collectives.contiguous(self._cut)
         ends.append(self._update(elements, sums, self._collectives.ring("all-reduce", ring, 16)))
@@ -131,7 +131,7 @@ class FSDP2(_Peer):
         """One unit after another; the next one's gather begins as soon as this one's has arrived."""
         coming = self._gather(units[0], degree)
         for unit, following in zip(units, [*units[1:], None], strict=True):
-            arrived = self._program.compute(f"copy out {unit.name}", self._copy_out(unit), [coming])
+            arrived = self._graph.compute(f"copy out {unit.name}", self._copy_out(unit), [coming])
             if following is not None and self._prefetches:
                 coming = self._gather(following, degree)
             self._compute(way, unit, arrived)
@@ -144,24 +144,24 @@ class FSDP2(_Peer):
         if not whole or degree == 1:
             return None
         move = self._collectives.ring("gather", self._collectives.contiguous(degree), whole)
-        return self._program.send(GATHER, f"gather {unit.name}", [move])
+        return self._graph.send(GATHER, f"gather {unit.name}", [move])
 
     def _copy_out(self, unit: UnitWork) -> float:
         """Out of the gathered buffer, which is ordered by ranks, into parameters."""
         return self._arithmetic.memory(2 * (unit.size.trained + unit.size.frozen) * self._precision.compute.itemsize)
 
     def _reduce(self, unit: UnitWork, *, last: bool) -> Task | None:
-        program, reduce, size = self._program, self._precision.reduce.itemsize, unit.size.trained
+        graph, reduce, size = self._graph, self._precision.reduce.itemsize, unit.size.trained
         if not size:
             return None
-        program.compute(f"pack {unit.name}", self._arithmetic.pack(size, travels=True, first=True))
+        graph.compute(f"pack {unit.name}", self._arithmetic.pack(size, travels=True, first=True))
         ring = self._collectives.contiguous(self._cut)
-        done = program.send(REDUCE, f"reduce {unit.name}", [self._collectives.ring("reduce", ring, size * reduce)])
+        done = graph.send(REDUCE, f"reduce {unit.name}", [self._collectives.ring("reduce", ring, size * reduce)])
         if last and self._replicas.ranks > 1:
             move = self._collectives.ring("all-reduce", self._replicas, size // self._cut * reduce)
-            done = program.send(ALL_REDUCE, f"sum {unit.name}", [move], [done])
+            done = graph.send(ALL_REDUCE, f"sum {unit.name}", [move], [done])
         if self._blocking:
-            program.compute(f"wait for {unit.name}", 0.0, [done])
+            graph.compute(f"wait for {unit.name}", 0.0, [done])
         return done
 
 
@@ -176,6 +176,6 @@ class ZeRO3(FSDP2):
 
     system = System.ZERO3
 
-    def __init__(self, program: Program, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
-        super().__init__(program, workload, collectives, candidate)
+    def __init__(self, graph: TaskGraph, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
+        super().__init__(graph, workload, collectives, candidate)
         self._prefetches = not self._blocking

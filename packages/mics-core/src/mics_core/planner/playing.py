@@ -9,7 +9,7 @@ from mics_core.comm.recorded import COMPUTE, Entry, Kind
 from mics_core.planner.arithmetic import Arithmetic
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.collectives import Collectives, Move
-from mics_core.planner.engine import Program, Task
+from mics_core.planner.engine import Task, TaskGraph
 from mics_core.planner.recording import BACKWARD, END, FORWARD, Recorded, record
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 CONTROL = "control"
 
 
-class Ours:
+class Mics:
     """The steps of mics."""
 
-    def __init__(self, program: Program, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
-        self._program = program
+    def __init__(self, graph: TaskGraph, workload: Workload, collectives: Collectives, candidate: Candidate) -> None:
+        self._graph = graph
         self._collectives = collectives
         arithmetic = Arithmetic(collectives.cluster, candidate, System.MICS)
         self._seconds: dict[str, tuple[str, float]] = {}
@@ -40,7 +40,7 @@ class Ours:
     def step(self, micro_steps: int) -> list[Task]:
         """One optimizer step; the last computation of every micro-step, and of the step."""
         before, entries = record(self._recorded, micro_steps)
-        step = _Step(self._program, self._collectives, self._seconds, self._names, self._update)
+        step = _Step(self._graph, self._collectives, self._seconds, self._names, self._update)
         ends = step.play(entries, self._earlier(before))
         self._done = list(step.done.values())
         return ends
@@ -56,13 +56,13 @@ class _Step:
 
     def __init__(
         self,
-        program: Program,
+        graph: TaskGraph,
         collectives: Collectives,
         seconds: Mapping[str, tuple[str, float]],
         names: Mapping[str, str],
         update: float,
     ) -> None:
-        self._program = program
+        self._graph = graph
         self._collectives = collectives
         self._seconds = seconds
         self._names = names
@@ -78,7 +78,7 @@ class _Step:
             if entry.kind is Kind.WAIT:
                 self._waits(entry.stream, self.done.get(entry.count, earlier.get(entry.count)))
             elif entry.kind is Kind.QUESTION:
-                self.done[entry.count] = self._program.send(CONTROL, entry.what, [self._collectives.asking()])
+                self.done[entry.count] = self._graph.send(CONTROL, entry.what, [self._collectives.asking()])
             elif entry.kind is Kind.ANSWER:
                 self._after.append(self.done.get(entry.count, earlier.get(entry.count)))
             elif entry.kind is Kind.RECORD:
@@ -95,7 +95,7 @@ class _Step:
         return ends
 
     def _compute(self, name: str, seconds: float) -> Task:
-        self._last = self._program.compute(name, seconds, self._after)
+        self._last = self._graph.compute(name, seconds, self._after)
         self._after = []
         return self._last
 
@@ -109,7 +109,7 @@ class _Step:
         if entry.stream != COMPUTE:
             after, moves = self._jobs.pop(entry.stream)
             action, of, unit = entry.what.partition(" of ")
-            return self._program.send(entry.stream, f"{action}{of}{self._names.get(unit, unit)}", moves, after)
+            return self._graph.send(entry.stream, f"{action}{of}{self._names.get(unit, unit)}", moves, after)
         if any(self._after):
             self._compute("wait", 0.0)
         return self._last

@@ -41,7 +41,7 @@ class Recorded:
 
     @classmethod
     def of(cls, workload: Workload, candidate: Candidate, cluster: Cluster) -> Recorded:
-        """The links and the speed of a cluster decide nothing."""
+        """What a recording depends on: a cluster's links and speed do not change it."""
         return cls(
             tuple(unit.size for unit in (workload.root, *workload.units)),
             candidate.sharding,

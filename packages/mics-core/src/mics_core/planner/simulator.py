@@ -13,15 +13,15 @@ from mics_core.errors import ConfigError
 from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster
 from mics_core.planner.collectives import Collectives
-from mics_core.planner.engine import COMPUTE, Program, Task
+from mics_core.planner.engine import COMPUTE, Task, TaskGraph
 from mics_core.planner.peers import DDP, FSDP2, HSDP, ZeRO3
-from mics_core.planner.playing import Ours
+from mics_core.planner.playing import Mics
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
 
-_SCHEDULES: Mapping[System, type[Ours | DDP | FSDP2]] = {
-    System.MICS: Ours,
+_SCHEDULES: Mapping[System, type[Mics | DDP | FSDP2]] = {
+    System.MICS: Mics,
     System.DDP: DDP,
     System.HSDP: HSDP,
     System.FSDP2: FSDP2,
@@ -56,10 +56,10 @@ class Prediction:
 def simulate(workload: Workload, cluster: Cluster, candidate: Candidate, system: System = System.MICS) -> Prediction:
     """Predict the steady state: the last of three steps in a row."""
     played = min(candidate.micro_steps, _PLAYED)
-    program = Program()
-    marks, _ = _play(program, workload, cluster, candidate, system, [played] * 3)
+    graph = TaskGraph()
+    marks, _ = _play(graph, workload, cluster, candidate, system, [played] * 3)
     begin, end = marks[1][-1].end, marks[2][-1].end
-    step = [task for task in program.tasks if task.end > begin and task.begin < end]
+    step = [task for task in graph.tasks if task.end > begin and task.begin < end]
     compute = sum(task.end - task.begin for task in step if task.lane == COMPUTE)
     seconds = end - begin
     if candidate.micro_steps > played:
@@ -80,17 +80,19 @@ def simulate(workload: Workload, cluster: Cluster, candidate: Candidate, system:
     return Prediction(seconds, compute, max(seconds - compute, 0.0), tflops, performed, events)
 
 
-def turn(
+def mean_seconds(
     workload: Workload, cluster: Cluster, candidate: Candidate, system: System = System.MICS, steps: int = 1
 ) -> float:
-    """Seconds of each of `steps` steps from a standstill to the end of all that they start, as benchmarks time them."""
-    program = Program()
-    _, end = _play(program, workload, cluster, candidate, system, [candidate.micro_steps] * steps)
+    """Seconds of a step, the mean of so many from a standstill to the end of all that they start, as benchmarks time
+    them.
+    """
+    graph = TaskGraph()
+    _, end = _play(graph, workload, cluster, candidate, system, [candidate.micro_steps] * steps)
     return end / steps
 
 
 def _play(
-    program: Program,
+    graph: TaskGraph,
     workload: Workload,
     cluster: Cluster,
     candidate: Candidate,
@@ -102,6 +104,6 @@ def _play(
         raise ConfigError(
             f"simulate: the sharding is {candidate.sharding}, expected three degrees: call its resolve({cluster.ranks})"
         )
-    schedule = _SCHEDULES[system](program, workload, Collectives(cluster), candidate)
+    schedule = _SCHEDULES[system](graph, workload, Collectives(cluster), candidate)
     marks = [schedule.step(micro_steps) for micro_steps in steps]
-    return marks, program.run()
+    return marks, graph.run()

@@ -87,7 +87,7 @@ class Rungs:
         return tuple(range(first, first + high, low))
 
     def replicating(self, rank: int, degree: int) -> tuple[int, ...]:
-        """The replication group: the ranks that hold the same piece of a state cut into `degree` pieces."""
+        """The replication group: the ranks, one of each copy of a state, that hold the same of its `degree` pieces."""
         return tuple(range(rank % degree, self.topology.world, degree))
 
     def scope(self, level: int) -> Scope:
