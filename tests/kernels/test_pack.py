@@ -141,6 +141,27 @@ def test_the_reference_does_what_its_docstring_says(
     assert_same_bits(got, expected)
 
 
+@draws(12, 200)
+@given(cases(overlapping=True), st.sampled_from([1.0, 0.5]))
+def test_adding_is_the_reference_to_the_bit_and_the_sum_of_what_was_there(
+    case: tuple[list[torch.Tensor], torch.dtype, list[int], int, float], scale: float
+) -> None:
+    members, dtype, offsets, length, _ = case
+    dtype = dtype if dtype.is_floating_point and dtype in FLOATS else torch.float32
+    members = [tensor if tensor.dtype in FLOATS else tensor.abs().float() for tensor in members]
+    before = values(length, dtype, members[0].device if members else torch.device("cpu"))
+    expected, got = before.clone(), before.clone()
+    pack_op.reference(members, expected, offsets, scale, add=True)
+    pack(members, got, offsets, scale, add=True)
+    assert_same_bits(got, expected)
+    exact = before.clone()
+    for tensor, offset in zip(members, offsets, strict=True):
+        there = exact[offset : offset + tensor.numel()]
+        wide = torch.float64 if torch.float64 in (dtype, tensor.dtype) else torch.float32
+        there.copy_(there.to(wide) + tensor.reshape(-1).to(wide) * scale)  # gaps stay as they are
+    assert_same_bits(got, exact)
+
+
 def test_floats_are_truncated_into_integers(device: torch.device) -> None:
     flat = torch.empty(6, dtype=torch.int32, device=device)
     pack(
@@ -249,6 +270,7 @@ WRONG = {
     "one contiguous dimension": lambda t, f: pack([t], f[::2], [0]),
     "shape \\(4, 5\\)": lambda t, f: pack([t], f.view(4, 5), [0]),
     "expected floating point on both sides": lambda t, f: pack([t.int()], f, [0], 0.5),
+    "both sides of a scale or a sum": lambda t, f: pack([t.int()], f, [0], add=True),
     "expected the same dtype": lambda t, f: pack([t.to(torch.complex64)], f, [0]),
     "on meta, expected": lambda t, f: pack([t.to("meta")], f, [0]),
     "got one tensor, expected a sequence": lambda t, f: pack(t.view(1, 5), f, [0]),

@@ -69,10 +69,14 @@ def plan(
     flat: torch.Tensor,
     offsets: Sequence[int],
     *,
-    scaled: bool,
+    computed: bool,
     into_flat: bool,
+    fills: bool,
 ) -> FlatPlan:
-    """Check that `tensors` lie in `flat` at `offsets`, and where; a placement seen before costs one look-up."""
+    """Check that `tensors` lie in `flat` at `offsets`, and where; a placement seen before costs one look-up.
+
+    computed: whether elements are computed with, and not only converted. fills: whether gaps are filled with zeros.
+    """
     if isinstance(tensors, torch.Tensor):
         raise _not_tensors(op, "one tensor")
     try:
@@ -82,8 +86,8 @@ def plan(
         )
     except AttributeError:  # what is no tensor; asking each first takes a tenth of a small pack's time
         raise _not_tensors(op, [type(t).__name__ for t in tensors]) from None
-    key = (op, described, tuple(offsets), flat.dtype, flat.shape, flat.stride(), scaled)
-    return constant(flat.device, key, lambda: _build(op, tensors, flat, tuple(offsets), scaled, into_flat))
+    key = (op, described, tuple(offsets), flat.dtype, flat.shape, flat.stride(), computed, fills)
+    return constant(flat.device, key, lambda: _build(op, tensors, flat, tuple(offsets), computed, into_flat, fills))
 
 
 def _not_tensors(op: str, wrong: str | list[str]) -> ValueError:
@@ -95,8 +99,9 @@ def _build(
     tensors: Sequence[torch.Tensor],
     flat: torch.Tensor,
     offsets: tuple[int, ...],
-    scaled: bool,
+    computed: bool,
     into_flat: bool,
+    fills: bool,
 ) -> FlatPlan:
     if flat.ndim != 1 or not flat.is_contiguous():
         raise ValueError(
@@ -106,12 +111,12 @@ def _build(
     if len(tensors) != len(offsets):
         raise ValueError(f"{op}: got {len(tensors)} tensors and {len(offsets)} offsets, expected one offset a tensor")
     for number, tensor in enumerate(tensors):
-        _check_tensor(op, number, tensor, flat, scaled, into_flat)
+        _check_tensor(op, number, tensor, flat, computed, into_flat)
 
     sizes = [tensor.numel() for tensor in tensors]
     chunks, owners = _cut(op, flat.numel(), offsets, sizes)
     chunk_of = {owner: chunk for chunk, owner in enumerate(owners)}
-    segments, tensor_of, kinds, rank = _segments(tensors, flat, chunks, owners, scaled, into_flat)
+    segments, tensor_of, kinds, rank = _segments(tensors, flat, chunks, owners, computed, fills)
     return FlatPlan(
         chunks=tuple(chunks),
         chunk_of=tuple(chunk_of[number] for number in range(len(tensors))),
@@ -171,21 +176,21 @@ def _segments(
     flat: torch.Tensor,
     chunks: Sequence[int],
     owners: Sequence[int],
-    scaled: bool,
-    into_flat: bool,
+    computed: bool,
+    fills: bool,
 ) -> tuple[Segments, tuple[int, ...], tuple[tuple[Any, Any], ...], int]:
     """The launch table: a row for each chunk that programs work on, with its kind and its walk."""
     walks = [_collapse(tensor) for tensor in tensors]
     rank = max((len(walk) for walk in walks), default=0)
     dtypes = [tensor.dtype for tensor in tensors] or [flat.dtype]  # gaps are zeroed as some kind, too
     # Sorted: the same dtypes in another order must not compile another kernel.
-    kinds = sorted({_kind(dtype, flat.dtype, scaled) for dtype in dtypes}, key=str)
+    kinds = sorted({_kind(dtype, flat.dtype, computed) for dtype in dtypes}, key=str)
     offsets, sizes, tensor_of, extra = [], [], [], []
     for offset, size, owner in zip(itertools.accumulate(chunks, initial=0), chunks, owners, strict=False):
-        if owner < 0 and not into_flat:
+        if owner < 0 and not fills:
             continue
         walk = walks[owner] if owner >= 0 else []
-        kind = kinds.index(_kind(tensors[owner].dtype, flat.dtype, scaled)) if owner >= 0 else 0
+        kind = kinds.index(_kind(tensors[owner].dtype, flat.dtype, computed)) if owner >= 0 else 0
         padded = [(1, 0)] * (rank - len(walk)) + walk
         offsets.append(offset)
         sizes.append(size)
@@ -196,7 +201,7 @@ def _segments(
 
 
 def _check_tensor(
-    op: str, number: int, tensor: torch.Tensor, flat: torch.Tensor, scaled: bool, into_flat: bool
+    op: str, number: int, tensor: torch.Tensor, flat: torch.Tensor, computed: bool, into_flat: bool
 ) -> None:
     if tensor.device != flat.device:
         raise ValueError(
@@ -209,12 +214,12 @@ def _check_tensor(
             f"{op}: tensor {number} shares memory with itself (shape {tuple(tensor.shape)}, strides "
             f"{tensor.stride()}), expected a place of its own for each element: unpack into what was expanded"
         )
-    if scaled and not (tensor.is_floating_point() and flat.is_floating_point()):
+    if computed and not (tensor.is_floating_point() and flat.is_floating_point()):
         raise ValueError(
             f"{op}: tensor {number} is {tensor.dtype} and the flat buffer {flat.dtype}, expected floating point on "
-            f"both sides of a scale: pass scale=1.0 or convert"
+            f"both sides of a scale or a sum: pass scale=1.0 and add=False, or convert"
         )
-    same = tensor.dtype == flat.dtype and not scaled
+    same = tensor.dtype == flat.dtype and not computed
     known = tensor.dtype in NUMERIC and flat.dtype in NUMERIC
     if not known and not (same and tensor.element_size() in CARRIERS):
         raise ValueError(
@@ -223,8 +228,8 @@ def _check_tensor(
         )
 
 
-def _kind(tensor: torch.dtype, flat: torch.dtype, scaled: bool) -> tuple[Any, Any]:
-    if tensor == flat and not scaled:
+def _kind(tensor: torch.dtype, flat: torch.dtype, computed: bool) -> tuple[Any, Any]:
+    if tensor == flat and not computed:
         names = CARRIERS[tensor.itemsize], CARRIERS[tensor.itemsize]
     else:
         names = NUMERIC[tensor], NUMERIC[flat]

@@ -65,7 +65,7 @@ class Arithmetic:
         compute, master = precision.compute.itemsize, precision.master.itemsize
         if travels:
             return self.memory(elements * (compute + precision.reduce.itemsize))
-        return self.memory(elements * ((compute + master) if first else (3 * compute + 2 * master)))
+        return self.memory(elements * (compute + master * (1 if first else 2)))
 
     def norm(self, elements: int) -> float:
         """The sum of squares of gradients."""

@@ -109,7 +109,7 @@ class Formula:
         largest = max(unit.trained for unit in (self.root, *self.units))
         wires = len(self.rungs.legs(g, world)) if self.precision.reduce != self.precision.master and g < world else 0
         return {
-            "staging": 2 * largest * (reduce if g > 1 else self.precision.compute.itemsize),
+            "staging": 2 * largest * reduce if g > 1 else 0,
             "wire": wires * (largest // g) * reduce,
             "received": sum(
                 (above // below - 1) * (largest // above) * reduce for below, above in pairwise(self.rungs.degrees)

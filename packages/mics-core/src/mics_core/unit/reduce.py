@@ -45,10 +45,8 @@ class Reducer:
         self._early = precision.reduce == torch.float16
         self._hop2 = sharding.grads < world.size
         self._hop1_travels = sharding.grads > 1
-        # With G = 1 hop 1 sends nothing, so gradients keep the compute dtype.
-        staged = precision.reduce if self._hop1_travels else precision.compute
         largest = max((unit.trained.layout.size for unit in self.units), default=0)
-        self._staging = _Ring(2, largest, staged)  # one is filled while the other travels
+        self._staging = _Ring(2, largest, precision.reduce)  # one is filled while the other travels
         # One for each leg, so that each leg has one at work.
         legs = len(ladder.rungs.legs(sharding.grads, world.size))
         self._wires = _Ring(legs, largest // sharding.grads, precision.reduce)
@@ -70,9 +68,9 @@ class Reducer:
         offsets, tensors = [shards.layout.slots[index].begin for index, _ in present], [grad for _, grad in present]
         early = self._mean if self._early else 1.0
         late = self._mean if not self._hop2 and not self._early else 1.0
-        if overwrite and not self._hop1_travels:
+        if not self._hop1_travels:
             self._ladder.wait(unit.reducing)  # hop 2 of the last step may still read `grad_sum`
-            self._pack(tensors, shards.grad_sum, offsets, early)
+            self._pack(tensors, shards.grad_sum, offsets, early, add=not overwrite)
             return
         buffer, busy = self._staging.next(shards.layout.size, shards.grad_sum.device)
         self._ladder.wait(busy)
@@ -82,13 +80,9 @@ class Reducer:
             self._counters.added(shards.grad_sum, addends, overwrite=overwrite)
             accumulate(shards.grad_sum, addends, late, overwrite=overwrite)
 
-        if self._hop1_travels:
-            transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._sharding.grads)
-            unit.reducing = self._ladder.reduce_scatter_async(transfer, buffer, add, after=[unit.reducing])
-            self._staging.busy_until(unit.reducing)
-        else:
-            self._ladder.wait(unit.reducing)
-            add([buffer])
+        transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._sharding.grads)
+        unit.reducing = self._ladder.reduce_scatter_async(transfer, buffer, add, after=[unit.reducing])
+        self._staging.busy_until(unit.reducing)
 
     def hop2(self, unit: Unit) -> None:
         """From the sum over the ranks that share a copy to the mean over all."""
@@ -182,9 +176,13 @@ class Reducer:
         self._counters.added(target, addends, overwrite=True)
         accumulate(target, addends, scale, overwrite=True)
 
-    def _pack(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float) -> None:
-        self._counters.moved("pack", sum(tensor.nbytes for tensor in tensors) + out.nbytes)
-        pack(tensors, out, offsets, scale)
+    def _pack(
+        self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float, *, add: bool = False
+    ) -> None:
+        elements = sum(tensor.numel() for tensor in tensors)
+        written = 2 * elements * out.itemsize if add else out.nbytes
+        self._counters.moved("pack", sum(tensor.nbytes for tensor in tensors) + written)
+        pack(tensors, out, offsets, scale, add=add)
 
     def _open(self, unit: Unit, present: Sequence[int]) -> bool:
         """Mark which parameters have a gradient; return whether it is the first since the last step."""

@@ -1,9 +1,10 @@
 """pack: many tensors -> one flat buffer, in one launch.
 
-    out[offsets[i] : offsets[i] + tensors[i].numel()] = (tensors[i] * scale).to(out.dtype)    row-major
-    out[everywhere else]                              = 0
+    out[offsets[i] : offsets[i] + tensors[i].numel()] = (tensors[i] * scale).to(out.dtype)    row-major; += with `add`
+    out[everywhere else]                              = 0                                     as it was with `add`
 
-Each tensor is read once and the buffer written once: (bytes of an input + bytes of an output) per element.
+Each tensor is read once and the buffer written once: (bytes of an input + bytes of an output) per element, and with
+`add` the output's again.
 """
 
 from __future__ import annotations
@@ -13,19 +14,44 @@ from collections.abc import Sequence
 import torch
 
 from mics_kernels.backend import backend, jit, launch, tl
-from mics_kernels.casting import scaled
+from mics_kernels.casting import convert, scaled
 from mics_kernels.checks import without_grad
-from mics_kernels.flat import KIND, SCRATCH, SHAPE, STEP, STRIDED, STRIDED_STEP, copy_scaled, flattened, places, plan
+from mics_kernels.flat import (
+    KIND,
+    SCRATCH,
+    SHAPE,
+    STEP,
+    STRIDED,
+    STRIDED_STEP,
+    FlatPlan,
+    copy_scaled,
+    flattened,
+    places,
+    plan,
+)
+from mics_kernels.ops import accumulate
 from mics_kernels.segments import _BLOCK, locate
 from mics_kernels.tables import pointer_table
 
 
 @without_grad
-def reference(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
+def reference(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    offsets: Sequence[int],
+    scale: float = 1.0,
+    *,
+    add: bool = False,
+) -> None:
     """What `pack` does, in torch."""
-    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
+    placement = _plan(tensors, out, offsets, scale, add=add)
     if out.is_meta:
         return  # there is nothing to compute
+    if add:
+        chunks = out.split_with_sizes(placement.chunks)
+        for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
+            accumulate.reference(chunks[chunk], [flattened(tensor.contiguous())], scale)
+        return
     if scale == 1.0 and placement.joinable:
         pieces = [zeros if zeros is not None else flattened(tensors[t]) for t, zeros in placement.joinable]
         torch.cat(pieces, out=out)
@@ -56,6 +82,7 @@ def _pack_kernel(
     scale: tl.float64,
     KINDS: tl.constexpr,  # the distinct (tensor dtype, flat dtype)
     SCALED: tl.constexpr,
+    ADD: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
     """One program writes one block of one tensor, or of one gap."""
@@ -66,7 +93,7 @@ def _pack_kernel(
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             target = out.to(tl.int64) + begin * ((KINDS[k][1].primitive_bitwidth + 7) // 8)
-            _pack_block(target, source, row, start, count, scale, KINDS[k][0], KINDS[k][1], SCALED, RANK)
+            _pack_block(target, source, row, start, count, scale, KINDS[k][0], KINDS[k][1], SCALED, ADD, RANK)
 
 
 @jit
@@ -80,6 +107,7 @@ def _pack_block(
     SOURCE: tl.constexpr,
     TARGET: tl.constexpr,
     SCALED: tl.constexpr,
+    ADD: tl.constexpr,
     RANK: tl.constexpr,
 ) -> None:
     filled = source != 0
@@ -95,7 +123,11 @@ def _pack_block(
         for turn in range(0, count, WHOLE):
             index = turn + tl.arange(0, WHOLE)
             value = tl.load(wide_source + index, mask=index < whole, other=0)
-            tl.store(wide_target + index, scaled(value, scale, TARGET, SCALED))
+            if ADD:
+                value = _sum(tl.load(wide_target + index), value, scale, SCALED)
+            else:
+                value = scaled(value, scale, TARGET, SCALED)
+            tl.store(wide_target + index, value)
     else:
         readable = tl.where(filled, count, 0)
         SHARE: tl.constexpr = STEP if RANK == 0 else STRIDED_STEP
@@ -106,13 +138,31 @@ def _pack_block(
                 if strided:
                     place = places(row, place, RANK)
             value = tl.load(source.to(tl.pointer_type(SOURCE)) + place, mask=index < readable, other=0)
-            tl.store(
-                target.to(tl.pointer_type(TARGET)) + index, scaled(value, scale, TARGET, SCALED), mask=index < count
-            )
+            written = target.to(tl.pointer_type(TARGET)) + index
+            if ADD:
+                value = _sum(tl.load(written, mask=index < count, other=0), value, scale, SCALED)
+            else:
+                value = scaled(value, scale, TARGET, SCALED)
+            tl.store(written, value, mask=index < count)
 
 
-def _launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float) -> None:
-    placement = plan("pack", tensors, out, offsets, scaled=scale != 1.0, into_flat=True)
+@jit
+def _sum(there: tl.tensor, value: tl.tensor, scale: tl.tensor, SCALED: tl.constexpr) -> tl.tensor:
+    """`there + value * scale` in the dtype of `there`, computed in float32, or in float64 where either side is."""
+    WIDE: tl.constexpr = tl.float64 if (value.dtype == tl.float64) or (there.dtype == tl.float64) else tl.float32
+    return convert(convert(there, WIDE) + scaled(value, scale, WIDE, SCALED), there.dtype)
+
+
+def _plan(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool
+) -> FlatPlan:
+    return plan("pack", tensors, out, offsets, computed=add or scale != 1.0, into_flat=True, fills=not add)
+
+
+def _launch(
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool
+) -> None:
+    placement = _plan(tensors, out, offsets, scale, add=add)
     pointers = tuple([tensors[t].data_ptr() if t >= 0 else 0 for t in placement.tensor_of])
     launch(
         _pack_kernel,
@@ -125,16 +175,26 @@ def _launch(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequenc
         scale,
         KINDS=placement.kinds,
         SCALED=scale != 1.0,
+        ADD=add,
         RANK=placement.rank,
     )
 
 
-def pack(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float = 1.0) -> None:
+def pack(
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    offsets: Sequence[int],
+    scale: float = 1.0,
+    *,
+    add: bool = False,
+) -> None:
     """Copy each tensor, times `scale`, into the 1-D buffer `out` at its offset; zero the rest of `out`.
+
+    With `add` the tensors are added to what is in `out`, and the rest of `out` stays as it is.
 
     Tensors may have any dtype, shape (empty ones too) and strides; elements go in row-major order and are converted
     to the buffer's dtype. Offsets count elements of `out` and must not make tensors overlap. `out` must not share
-    memory with the tensors. A scale other than 1 needs floating point on both sides.
+    memory with the tensors. A scale other than 1, and `add`, need floating point on both sides.
 
     >>> flat = torch.empty(6)
     >>> pack([torch.tensor([1, 2]), torch.tensor([[3.0], [4.0]])], flat, [0, 3], scale=1.0)
@@ -142,5 +202,5 @@ def pack(tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[i
     tensor([1., 2., 0., 3., 4., 0.])
     """
     if not backend(out.device).is_triton:
-        return reference(tensors, out, offsets, scale)
-    return _launch(tensors, out, offsets, scale)
+        return reference(tensors, out, offsets, scale, add=add)
+    return _launch(tensors, out, offsets, scale, add=add)

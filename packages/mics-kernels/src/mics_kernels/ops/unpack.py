@@ -22,7 +22,7 @@ from mics_kernels.tables import pointer_table
 @without_grad
 def reference(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float = 1.0) -> None:
     """What `unpack` does, in torch."""
-    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
+    placement = plan("unpack", tensors, flat, offsets, computed=scale != 1.0, into_flat=False, fills=False)
     if scale == 1.0 and placement.joinable and not placement.gaps:
         targets = [flattened(tensors[t]) for t, _ in placement.joinable]
         torch.split_with_sizes_copy(flat, placement.chunks, out=targets)
@@ -98,7 +98,7 @@ def _unpack_block(
 
 
 def _launch(flat: torch.Tensor, tensors: Sequence[torch.Tensor], offsets: Sequence[int], scale: float) -> None:
-    placement = plan("unpack", tensors, flat, offsets, scaled=scale != 1.0, into_flat=False)
+    placement = plan("unpack", tensors, flat, offsets, computed=scale != 1.0, into_flat=False, fills=False)
     pointers = tuple([tensors[t].data_ptr() for t in placement.tensor_of])
     launch(
         _unpack_kernel,
