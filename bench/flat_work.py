@@ -51,6 +51,28 @@ def pack_work(layout: Layout, to: torch.dtype, device: torch.device, *, scale: f
     )
 
 
+def adding_pack_work(layout: Layout, device: torch.device) -> Work:
+    """Gradients of a later micro-step, added where their sum lies."""
+    tensors = layout.tensors(BF16, device, 0)
+    ours, each, every = (torch.zeros(layout.length, dtype=FP32, device=device) for _ in range(3))
+
+    def one_by_one() -> Tensors:
+        for view, tensor in zip(layout.views(each), tensors, strict=True):
+            view.add_(tensor)
+        return [each]
+
+    def together() -> Tensors:
+        torch._foreach_add_(layout.views(every), tensors)
+        return [every]
+
+    return Work(
+        bytes=sum(layout.sizes) * (BF16.itemsize + 2 * FP32.itemsize),
+        ours=Candidate(partial(pack, tensors, ours, layout.offsets, add=True), results=lambda _: [ours]),
+        idioms={"add_ each": Candidate(one_by_one), "foreach_add": Candidate(together)},
+        tolerance=1e-5,
+    )
+
+
 def moving_pack_work(elements: int, device: torch.device) -> Work:
     """Gradients at addresses never seen before, in every call: no table of addresses can be reused."""
     layout, moves = Layout(block_sizes(elements)), 4200  # more than the tables that are kept

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.adamw_work import adamw_work
-from bench.flat_work import accumulate_work, moving_pack_work, pack_work, square_sum_work, unpack_work
+from bench.flat_work import accumulate_work, adding_pack_work, moving_pack_work, pack_work, square_sum_work, unpack_work
 from bench.layouts import Layout, block_sizes, small_sizes
-from bench.quantize_work import dequantize_work, quantize_work
+from bench.quantize_work import accumulate_quantized_work, dequantize_work, quantize_work
 from bench.work import BF16, FP32, INT8, Work
 
 KB, MB = 1 << 10, 1 << 20
@@ -49,6 +49,7 @@ LINES = (
     Line("pack", "new addresses", 4, moving_pack_work, (16 * MB, 4 * KB)),
     Line("pack", "2000 small tensors", 4, lambda _, on: pack_work(_SMALL, FP32, on), (4 * _SMALL.length,)),
     Line("pack", "misaligned views", 2, lambda n, on: pack_work(_block(n), BF16, on, shift=1), (64 * MB,), False),
+    Line("pack", "bf16 added to fp32", 4, lambda n, on: adding_pack_work(_block(n), on)),
     Line("unpack", "bf16 to bf16", 2, lambda n, on: unpack_work(_block(n), on)),
     Line("unpack", "2000 small tensors", 2, lambda _, on: unpack_work(_SMALL, on), (2 * _SMALL.length,)),
     Line("unpack", "misaligned views", 2, lambda n, on: unpack_work(_block(n), on, shift=1), (64 * MB,), False),
@@ -56,6 +57,7 @@ LINES = (
     Line("accumulate", "1 chunk", 4, lambda n, on: accumulate_work(n, on, count=1)),
     Line("accumulate", "overwrite", 4, lambda n, on: accumulate_work(n, on, count=4, overwrite=True), (64 * MB,)),
     Line("accumulate", "misaligned", 4, lambda n, on: accumulate_work(n, on, count=4, shift=1), (64 * MB,), False),
+    Line("accumulate", "4 chunks of int8", 4, lambda n, on: accumulate_quantized_work(n, on, count=4)),
     Line("square_sum", "fp32", 4, lambda n, on: square_sum_work(n, FP32, on)),
     Line("square_sum", "bf16", 2, lambda n, on: square_sum_work(n, BF16, on), (64 * MB,)),
     Line("adamw", "flat", 4, lambda n, on: adamw_work(Layout([n]), on)),

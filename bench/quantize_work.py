@@ -10,7 +10,7 @@ import torch
 
 from bench.layouts import normal, poison
 from bench.work import BF16, FP32, INT8, Candidate, Tensors, Work
-from mics_kernels import dequantize, quantize
+from mics_kernels import accumulate, dequantize, quantize
 from mics_kernels.ops.quantize import LIMITS, Quantized
 
 BLOCK = 256
@@ -78,4 +78,30 @@ def dequantize_work(elements: int, device: torch.device) -> Work:
         bytes=elements * (1 + FP32.itemsize) + elements // BLOCK * FP32.itemsize,
         ours=Candidate(partial(dequantize, values, scales, ours, block=BLOCK), results=lambda _: [ours]),
         idioms={"mul": Candidate(by_mul), "copy_, mul_": Candidate(by_copy)},
+    )
+
+
+def accumulate_quantized_work(elements: int, device: torch.device, *, count: int) -> Work:
+    """What arrives on a slow level: restored and added in one pass."""
+    chunks = [quantize(normal(elements, BF16, device), block=BLOCK) for _ in range(count)]
+    ours, summed, restored = (poison(elements, FP32, device) for _ in range(3))
+
+    def by_restoring() -> Tensors:
+        dequantize(*chunks[0], summed, block=BLOCK)
+        for chunk in chunks[1:]:
+            summed.add_(dequantize(*chunk, restored, block=BLOCK))
+        return [summed]
+
+    def by_mul() -> Tensors:
+        rows = summed.view(-1, BLOCK)
+        torch.mul(chunks[0].values.view(-1, BLOCK), chunks[0].scales.view(-1, 1), out=rows)
+        for values, scales in chunks[1:]:
+            rows.addcmul_(values.view(-1, BLOCK), scales.view(-1, 1))
+        return [summed]
+
+    return Work(
+        bytes=elements * (count + FP32.itemsize) + count * (elements // BLOCK) * FP32.itemsize,
+        ours=Candidate(partial(accumulate, ours, chunks, overwrite=True), results=lambda _: [ours]),
+        idioms={"dequantize, add_": Candidate(by_restoring), "mul, addcmul_": Candidate(by_mul)},
+        tolerance=1e-5,
     )

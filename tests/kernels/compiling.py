@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import mics_kernels.ops.accumulate as accumulate_op
+import mics_kernels.ops.accumulate_quantized as quantized_op
 import mics_kernels.ops.adamw as adamw_op
 import mics_kernels.ops.pack as pack_op
 import mics_kernels.ops.quantize as quantize_op
@@ -78,6 +79,9 @@ def variants() -> Iterator[Variant]:
     mixed = [empty(F32), empty(BF16), empty(torch.int64, 100)]
     packing = partial(pack_op._launch, mixed, empty(BF16, 3 * SIZE), [0, SIZE, 2 * SIZE], 1.0)
     yield "pack mixed", packing, wide(BLOCK, F32, BF16), wide(BLOCK, BF16, BF16, BF16)
+    for source, target in ((BF16, F32), (F32, F32)):
+        adding = partial(pack_op._launch, [empty(source)], empty(target), [0], 1.0, add=True)
+        yield f"pack added {source} -> {target}", adding, wide(BLOCK, source, target), wide(BLOCK, target)
     strided = [empty(BF16).view(256, 256).t(), empty(BF16).view(64, 8, 128).transpose(0, 1), empty(BF16)]
     offsets, bucket = [0, SIZE, 2 * SIZE], empty(F32, 3 * SIZE)
     packing = partial(pack_op._launch, strided, bucket, offsets, 1.0)
@@ -105,6 +109,12 @@ def variants() -> Iterator[Variant]:
             yield f"adamw grad {grad}, weights {weights}, {rounding}", updating, loads, stores
 
     for kind in quantize_op.LIMITS:
+        chunks = [quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256)) for _ in range(4)]
+        for dtype, overwrite in ((F32, True), (BF16, False)):
+            adding = partial(quantized_op.launch_quantized, empty(dtype), chunks, 0.5, 256, overwrite=overwrite)
+            tile = quantize_op.TILE if kind == torch.int8 else quantize_op.TILE // 2
+            there = [] if overwrite else [dtype]
+            yield f"accumulate {kind} into {dtype}", adding, wide(tile, kind, *there), wide(tile, dtype)
         for dtype in (F32, BF16):
             tile, out = quantize_op.TILE, quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256))
             leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, None)

@@ -5,7 +5,10 @@ from hypothesis import given
 
 import mics_kernels.ops.accumulate as accumulate_op
 from comparing import assert_same_bits
-from mics_kernels import accumulate
+from depth import draws
+from mics_kernels import accumulate, dequantize, quantize
+from mics_kernels.ops import accumulate_quantized
+from mics_kernels.ops.quantize import Quantized
 
 sizes = st.integers(0, 5000) | st.sampled_from([2048, 4096, 6144])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -30,6 +33,50 @@ def test_accumulating_is_the_reference_and_with_a_scale_of_a_power_of_two_to_the
     for got in (acc, expected):
         rounding = torch.finfo(torch.float32).eps * count + torch.finfo(acc_dtype).eps
         assert ((got.double() - exact).abs() <= terms * rounding).all()
+
+
+@draws(25, 100)
+@given(
+    sizes,
+    st.integers(1, 4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]),
+    st.sampled_from([1.0, 0.3]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_quantized_chunks_are_added_as_if_they_were_restored_one_by_one(
+    size: int,
+    count: int,
+    acc_dtype: torch.dtype,
+    dtype: torch.dtype,
+    scale: float,
+    overwrite: bool,
+    aligned: bool,
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chunks = []
+    for number in range(count):
+        numbers = torch.randn(size, device=device) * 10.0**number
+        if size > 300 and number == 1:
+            numbers[280] = torch.inf  # so the whole block comes back as NaN
+        values, scales = quantize(numbers, dtype)
+        room = torch.empty(size + 3, dtype=dtype, device=device)
+        place = room[:size] if aligned else room[3:]
+        place.copy_(values)
+        chunks.append(Quantized(place, scales))
+    acc = torch.randn(size, device=device).to(acc_dtype)
+    total = torch.zeros(0)
+    for number, chunk in enumerate(chunks):
+        restored = dequantize(*chunk)
+        total = total + restored if number else restored
+    total = total * scale
+    exact = (total if overwrite else total + acc.float()).to(acc_dtype)
+    expected = acc.clone()
+    accumulate_quantized.reference(expected, chunks, scale, 256, overwrite=overwrite)
+    accumulate(acc, chunks, scale, overwrite=overwrite)
+    assert_same_bits(acc, expected)
+    assert_same_bits(acc, exact)
 
 
 @given(sizes, st.integers(1, 5), st.sampled_from([1.0, 0.25]))

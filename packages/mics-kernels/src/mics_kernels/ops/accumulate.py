@@ -2,11 +2,13 @@
 
 The chunks are what the ranks of a group sent, in the dtype of the wire; they are added in their order, in float32,
 so the sum has the same bits on every run. Each chunk is read once: n * (bytes of an input) + 4 written (+ 4 read).
+Quantized chunks are restored as they are read (accumulate_quantized.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -14,6 +16,8 @@ from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import require_flat, without_grad
 from mics_kernels.flat import SCRATCH, copy_scaled
+from mics_kernels.ops import accumulate_quantized
+from mics_kernels.ops.quantize import Quantized
 from mics_kernels.tables import pointer_table
 
 TILE = 2048
@@ -150,21 +154,28 @@ def _check(acc: torch.Tensor, chunks: torch.Tensor | Sequence[torch.Tensor]) -> 
 
 def accumulate(
     acc: torch.Tensor,
-    chunks: torch.Tensor | Sequence[torch.Tensor],
+    chunks: torch.Tensor | Sequence[torch.Tensor] | Sequence[Quantized],
     scale: float = 1.0,
     *,
     overwrite: bool = False,
+    block: int = 256,
 ) -> None:
     """Add `scale` times the sum of the chunks to the 1-D buffer `acc`; with `overwrite`, write it there instead.
 
     `chunks` is a sequence of 1-D buffers as long as `acc`, or one buffer of shape [n, acc.numel()]; all have one
-    dtype. `overwrite=True` in the first micro-step saves a pass that zeroes `acc`, which may then hold anything.
+    dtype. They may be what `quantize` made with the same `block`. `overwrite=True` in the first micro-step saves a pass
+    that zeroes `acc`, which may then hold anything.
 
     >>> acc = torch.ones(2)
     >>> accumulate(acc, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], scale=0.5)
     >>> acc
     tensor([3., 4.])
     """
-    if not backend(acc.device).is_triton:
-        return reference(acc, chunks, scale, overwrite=overwrite)
-    return _launch(acc, chunks, scale, overwrite=overwrite)
+    is_triton = backend(acc.device).is_triton
+    if not isinstance(chunks, torch.Tensor) and len(chunks) and isinstance(chunks[0], Quantized):
+        run = accumulate_quantized.launch_quantized if is_triton else accumulate_quantized.reference
+        return run(acc, cast("Sequence[Quantized]", chunks), scale, block, overwrite=overwrite)
+    plain = cast("torch.Tensor | Sequence[torch.Tensor]", chunks)
+    if not is_triton:
+        return reference(acc, plain, scale, overwrite=overwrite)
+    return _launch(acc, plain, scale, overwrite=overwrite)

@@ -122,7 +122,7 @@ def _pack_block(
         whole = tl.multiple_of(tl.where(filled, _BLOCK, 0), _BLOCK)  # or a mask would split the load
         for turn in range(0, count, WHOLE):
             index = turn + tl.arange(0, WHOLE)
-            value = tl.load(wide_source + index, mask=index < whole, other=0)
+            value = tl.load(wide_source + index) if ADD else tl.load(wide_source + index, mask=index < whole, other=0)
             if ADD:
                 value = _sum(tl.load(wide_target + index), value, scale, SCALED)
             else:
@@ -154,13 +154,13 @@ def _sum(there: tl.tensor, value: tl.tensor, scale: tl.tensor, SCALED: tl.conste
 
 
 def _plan(
-    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool = False
 ) -> FlatPlan:
     return plan("pack", tensors, out, offsets, computed=add or scale != 1.0, into_flat=True, fills=not add)
 
 
 def _launch(
-    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: Sequence[int], scale: float, *, add: bool = False
 ) -> None:
     placement = _plan(tensors, out, offsets, scale, add=add)
     pointers = tuple([tensors[t].data_ptr() if t >= 0 else 0 for t in placement.tensor_of])

@@ -18,6 +18,7 @@ import torch
 from mics_kernels.backend import backend, constexpr, jit, launch, tl
 from mics_kernels.casting import convert
 from mics_kernels.checks import FLOATS, require_flat, without_grad
+from mics_kernels.eight_bits import MANTISSA_BITS, decode, encode, to_nearest_integer
 from mics_kernels.flat import SCRATCH
 
 TILE = 2048
@@ -26,8 +27,6 @@ TILE_WITH_RESIDUAL = 1024
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """The dtypes to quantize to, and the largest magnitude of each that a block's maximum becomes."""
-
-_MANTISSA_BITS = {torch.int8: 0, torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 
 DEQUANTIZED = 1 << 20
 """Elements that the reference dequantizes at a time, so that a cache still holds them when they are multiplied."""
@@ -151,14 +150,14 @@ def _quantize_tile(
     inverse = tl.div_rn(tl.full(largest.shape, LIMIT, tl.float32), largest)
     y = tl.where(strange[:, None], 0.0, x) * inverse[:, None]
     if MANTISSA == 0:
-        whole = _to_nearest_integer(y)
+        whole = to_nearest_integer(y)
         code = whole.to(tl.int8)
     else:
-        code = _encode(y, MANTISSA)
+        code = encode(y, MANTISSA)
     tl.store(values + index, code, mask=inside)
     tl.store(scales + row, tl.where(strange, float("nan"), scale), mask=(row * WIDTH < size) if MASKED else None)
     if residual is not None:
-        back = whole if MANTISSA == 0 else _decode(code, MANTISSA)
+        back = decode(code, MANTISSA)
         error = convert(x - back * scale[:, None], residual.dtype.element_ty)
         tl.store(residual + index, tl.where(strange[:, None], kept, error), mask=inside)
 
@@ -199,45 +198,8 @@ def _dequantize_tile(
     inside = index < size if MASKED else None
     code = tl.load(values + index, mask=inside)
     scale = tl.load(scales + row, mask=(row * WIDTH < size) if MASKED else None)
-    back = code.to(tl.float32) if MANTISSA == 0 else _decode(code, MANTISSA)
+    back = decode(code, MANTISSA)
     tl.store(out + index, convert(back * scale[:, None], out.dtype.element_ty), mask=inside)
-
-
-@jit
-def _to_nearest_integer(x: tl.tensor) -> tl.tensor:
-    """Ties to even: adding 1.5 * 2**23 leaves no bit for a fraction, and rounds as the hardware does."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@jit
-def _encode(x: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
-    """The bits of float32 `x` (finite, within the limit) as fp8, ties to even, with integers: sm_80 has no fp8."""
-    BIAS: tl.constexpr = 2 ** (6 - MANTISSA) - 1
-    DROPPED: tl.constexpr = 23 - MANTISSA
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = magnitude + (2 ** (DROPPED - 1) - 1) + ((magnitude >> DROPPED) & 1)
-    normal = (rounded >> DROPPED) - ((127 - BIAS) << MANTISSA)
-    subnormal = _to_nearest_integer(tl.abs(x) * (2.0 ** (BIAS - 1 + MANTISSA))).to(tl.uint32)
-    code = tl.where(tl.abs(x) < 2.0 ** (1 - BIAS), subnormal, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@jit
-def _decode(code: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
-    """fp8 bits -> float32."""
-    BIAS: tl.constexpr = 2 ** (6 - MANTISSA) - 1
-    wide = code.to(tl.uint32)
-    magnitude = wide & 0x7F
-    normal = ((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
-    subnormal = magnitude.to(tl.float32) * (2.0 ** -(BIAS - 1 + MANTISSA))
-    x = tl.where(magnitude < 2**MANTISSA, subnormal, normal)
-    if MANTISSA == 3:
-        x = tl.where(magnitude == 0x7F, float("nan"), x)  # e4m3fn has no infinity
-    else:
-        x = tl.where(magnitude == 0x7C, float("inf"), tl.where(magnitude > 0x7C, float("nan"), x))
-    sign = (wide & 0x80) << 24  # as a bit: 0 - x would lose the sign of zero
-    return (x.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: torch.Tensor | None) -> Quantized:
@@ -252,7 +214,7 @@ def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: t
         residual,
         flat.numel(),
         LIMIT=LIMITS[out.values.dtype],
-        MANTISSA=_MANTISSA_BITS[out.values.dtype],
+        MANTISSA=MANTISSA_BITS[out.values.dtype],
         WIDTH=block,
         TILE=tile,
     )
@@ -268,18 +230,20 @@ def _launch_dequantize(values: torch.Tensor, scales: torch.Tensor, out: torch.Te
         scales,
         out,
         values.numel(),
-        MANTISSA=_MANTISSA_BITS[values.dtype],
+        MANTISSA=MANTISSA_BITS[values.dtype],
         WIDTH=block,
         TILE=TILE,
     )
 
 
-def _check_block(op: str, block: int) -> None:
+def check_block(op: str, block: int) -> None:
+    """Raise one sentence unless kernels can work on blocks of so many elements."""
     if not 16 <= block <= TILE_WITH_RESIDUAL or block & (block - 1):
         raise ValueError(f"{op}: block is {block}, expected a power of two from 16 to {TILE_WITH_RESIDUAL}")
 
 
-def _check_scales(op: str, scales: torch.Tensor, flat: torch.Tensor, block: int) -> None:
+def check_scales(op: str, scales: torch.Tensor, flat: torch.Tensor, block: int) -> None:
+    """Raise one sentence unless there is one scale for each block of `flat`."""
     require_flat(op, "scales", scales, (torch.float32,))
     expected = -(-flat.numel() // block)
     if scales.numel() != expected or scales.device != flat.device:
@@ -310,7 +274,7 @@ def quantize(
     tensor([   0,   63, -127], dtype=torch.int8)
     """
     require_flat("quantize", "the buffer", flat, FLOATS[:3])
-    _check_block("quantize", block)
+    check_block("quantize", block)
     if out is None:
         dtype = dtype or torch.int8
         if dtype not in LIMITS:
@@ -320,7 +284,7 @@ def quantize(
     elif dtype not in (None, out.values.dtype):
         raise ValueError(f"quantize: dtype is {dtype}, expected {out.values.dtype}, that of out.values, or none")
     require_flat("quantize", "out.values", out.values, tuple(LIMITS), like=flat)
-    _check_scales("quantize", out.scales, flat, block)
+    check_scales("quantize", out.scales, flat, block)
     if residual is not None:
         require_flat("quantize", "residual", residual, FLOATS[:3], like=flat)
     if not backend(flat.device).is_triton:
@@ -337,8 +301,8 @@ def dequantize(
     tensor([   0.,   63., -127.])
     """
     require_flat("dequantize", "values", values, tuple(LIMITS))
-    _check_block("dequantize", block)
-    _check_scales("dequantize", scales, values, block)
+    check_block("dequantize", block)
+    check_scales("dequantize", scales, values, block)
     if out is None:
         out = torch.empty_like(values, dtype=torch.float32)
     require_flat("dequantize", "out", out, FLOATS[:3], like=values)
