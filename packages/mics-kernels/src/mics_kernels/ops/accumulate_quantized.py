@@ -15,7 +15,7 @@ from mics_kernels.casting import convert
 from mics_kernels.checks import FLOATS, require_flat, without_grad
 from mics_kernels.eight_bits import MANTISSA_BITS, decode
 from mics_kernels.flat import SCRATCH
-from mics_kernels.ops.quantize import LIMITS, TILE, Quantized, check_block, check_scales, dequantize_reference
+from mics_kernels.ops.quantize import LIMITS, TILE, Quantized, check_block, check_scales
 from mics_kernels.tables import pointer_table
 
 
@@ -25,19 +25,35 @@ def reference(acc: torch.Tensor, chunks: Sequence[Quantized], scale: float, bloc
     check(acc, chunks, block)
     if acc.is_meta:
         return  # there is nothing to compute
+    whole = acc.numel() // block * block
     most = max(SCRATCH // block, 1) * block
-    first, further = (torch.empty(min(most, acc.numel()), device=acc.device) for _ in range(2))
-    for begin in range(0, acc.numel(), most):
-        piece = acc[begin : begin + most]
-        blocks = slice(begin // block, -(-(begin + piece.numel()) // block))
-        total, restored = first[: piece.numel()], further[: piece.numel()]
-        for number, (values, scales) in enumerate(chunks):
-            target = restored if number else total
-            dequantize_reference(values[begin : begin + most], scales[blocks], target, block)
-            if number:
-                total.add_(restored)
+    for begin in range(0, whole, most):
+        end = min(begin + most, whole)
+        _add_blocks(acc[begin:end], chunks, scale, slice(begin, end), slice(begin // block, end // block), overwrite)
+    if whole < acc.numel():  # the last block is narrower
+        tail = slice(whole, acc.numel())
+        _add_blocks(acc[tail], chunks, scale, tail, slice(whole // block, whole // block + 1), overwrite)
+
+
+def _add_blocks(
+    acc: torch.Tensor, chunks: Sequence[Quantized], scale: float, inside: slice, blocks: slice, overwrite: bool
+) -> None:
+    """Add blocks of one width to their part of the accumulator."""
+    total = acc if overwrite and acc.dtype == torch.float32 else torch.empty_like(acc, dtype=torch.float32)
+    rows = total.view(blocks.stop - blocks.start, -1)
+    restored = torch.empty_like(rows) if len(chunks) > 1 else rows
+    for number, (values, scales) in enumerate(chunks):
+        codes = values[inside] if values.dtype == torch.int8 else values[inside].float()
+        # Not addcmul_, which rounds once where kernels round twice.
+        torch.mul(codes.view_as(rows), scales[blocks].unsqueeze(1), out=restored if number else rows)
+        if number:
+            rows.add_(restored)
+    if scale != 1.0:
         total.mul_(scale)
-        piece.copy_(total if overwrite else total.add_(piece))
+    if not overwrite:
+        total.add_(acc)
+    if total is not acc:
+        acc.copy_(total)
 
 
 @jit

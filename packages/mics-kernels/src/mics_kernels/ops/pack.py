@@ -49,8 +49,13 @@ def reference(
         return  # there is nothing to compute
     if add:
         chunks = out.split_with_sizes(placement.chunks)
-        for tensor, chunk in zip(tensors, placement.chunk_of, strict=True):
-            accumulate.reference(chunks[chunk], [flattened(tensor.contiguous())], scale)
+        targets = [chunks[c] for c in placement.chunk_of]
+        sources = [flattened(tensor.contiguous()) for tensor in tensors]
+        if out.numel() <= SCRATCH and tensors:
+            torch._foreach_add_(targets, sources, alpha=scale)
+        else:
+            for target, source in zip(targets, sources, strict=True):
+                accumulate.reference(target, [source], scale)
         return
     if scale == 1.0 and placement.joinable:
         pieces = [zeros if zeros is not None else flattened(tensors[t]) for t, zeros in placement.joinable]
