@@ -1,5 +1,8 @@
 """A folder of checkpoints whatever moment a save was killed at."""
 
+import errno
+import fcntl
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -64,6 +67,17 @@ def test_one_process_saves_in_a_folder_at_a_time(tmp_path: Path) -> None:
         pass
     with Place(tmp_path / "step-2").claimed():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_that_locks_nothing_is_saved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    model = saved(tmp_path, 1.0)
+    mics.save(tmp_path / "step-2", model, None, keep=1, value=2.0)
+    assert mics.load(tmp_path, model, None) == {"value": 2.0}
 
 
 @contextmanager

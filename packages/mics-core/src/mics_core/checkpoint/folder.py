@@ -68,8 +68,10 @@ class Place:
         folder = self.path.parent
         _make_durably(folder)
         with (folder / _LOCK).open("a") as lock:
+            locked = False
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
             except BlockingIOError:
                 raise ConfigError(
                     f"save: another process is saving in {folder}, expected a folder of this training's own: choose "
@@ -81,7 +83,8 @@ class Place:
             try:
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+                if locked:
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
 
     def prepare(self) -> None:
         """Remove what killed saves left, and make an empty directory to write to."""
