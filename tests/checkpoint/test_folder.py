@@ -16,6 +16,7 @@ from torch import nn
 
 import mics_core as mics
 from mics_core import ConfigError
+from mics_core.checkpoint import saving
 from mics_core.checkpoint.folder import Place
 
 
@@ -78,6 +79,27 @@ def test_a_disk_that_locks_nothing_is_saved_to(tmp_path: Path, monkeypatch: pyte
     model = saved(tmp_path, 1.0)
     mics.save(tmp_path / "step-2", model, None, keep=1, value=2.0)
     assert mics.load(tmp_path, model, None) == {"value": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "expected a folder in which all ranks may make files: choose another path"),
+        (errno.EIO, "expected no error of the system: mend its cause, and save again"),
+        (errno.EMFILE, "expected no error of the system: mend its cause, and save again"),
+    ],
+)
+def test_another_path_is_advised_where_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "a file")
+
+    monkeypatch.setattr(saving, "write", refuse)
+    with pytest.raises(RuntimeError) as caught:
+        saved(tmp_path, 1.0)
+    told = f"save: a file cannot be written: {os.strerror(number)}, {advice}; older checkpoints are as they were"
+    assert str(caught.value) == told
 
 
 @contextmanager
