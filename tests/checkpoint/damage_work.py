@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from checkpoint_work import Cluster, Model, Setting, build, held, train
+from mics_core.checkpoint import saving
 
 PAIR = Cluster(2, 2, mics.Sharding(1, 1, 2))
 
@@ -158,6 +160,9 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
                     mics.save(path, model, optimizer, background=how == "full behind").wait()
             else:
                 mics.save(path, model, optimizer, background=how == "full behind").wait()
+        elif how == "no memory" and dist.get_rank() == 1:
+            with patch.object(saving, "random_state", side_effect=MemoryError("for the random numbers of rank 1")):
+                mics.save(path, model, passed)
         else:
             mics.save(path, model, passed, keep=keep, **extra)
     except (RuntimeError, ValueError) as error:

@@ -59,6 +59,7 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),
+        ("no memory", "save: MemoryError: for the random numbers of rank 1"),
     ],
 )
 def test_a_save_that_fails_leaves_the_one_before(pool: Pool, tmp_path: Path, how: str, sentence: str) -> None:
