@@ -113,7 +113,8 @@ def load_into_another(folder: Path, kind: str) -> None:
     elif kind == "one rank":
         dist.barrier()
         folder = folder if on_first_rank() else folder / "step-1" / "nothing"
-    mics.load(folder, model, None if kind == "one optimizer" and on_first_rank() else optimizer)
+    passed = None if kind == "one optimizer" and on_first_rank() else optimizer
+    mics.load(folder, model, passed, verify=kind != "one verifies" or on_first_rank())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touc
         ("Shorter", "idle is in"),
         ("SGD", "the checkpoint's optimizer is AdamW, got SGD"),
         ("one optimizer", "load: ranks [1] passed an optimizer and the others none, expected one from all"),
+        ("one verifies", "load: ranks [0] passed verify=True and the others False, expected the same: ask alike"),
         ("fewer", "belongs to the checkpoint's optimizer alone"),
     ],
 )

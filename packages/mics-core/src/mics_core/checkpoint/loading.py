@@ -61,9 +61,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     together(world, "load", rest)
     stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
     told = on_all_ranks(
-        world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None)
+        world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None, bool(verify))
     )
-    versions, passed = zip(*told, strict=True)
+    versions, passed, verifies = zip(*told, strict=True)
     odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
         raise ConfigError(
@@ -71,6 +71,11 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
             "or load again if a save replaced it meanwhile"
         )
     optimizer_state.check_passed("load", passed, world.ranks)
+    if len(set(verifies)) > 1:
+        verifying = [rank for rank, one in zip(world.ranks, verifies, strict=True) if one]
+        raise ConfigError(
+            f"load: ranks {verifying} passed verify=True and the others False, expected the same: ask alike everywhere"
+        )
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size), "verifying its share of the files")
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored), "opening its files")
