@@ -1,8 +1,10 @@
 """A path without a checkpoint to load is told from a damaged one, and the error of that one names a good one."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -102,3 +104,18 @@ def test_where_there_is_none_yet_a_script_can_begin(tmp_path: Path, path: str) -
 def test_a_file_is_not_taken_for_a_checkpoint_that_is_not_there_yet(tmp_path: Path) -> None:
     (tmp_path / "weights.pt").touch()
     assert "weights.pt cannot be read: Not a directory" in said(tmp_path / "weights.pt", saved(tmp_path))
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_file_that_cannot_be_read_is_named_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    model, real = saved(tmp_path, 1), getattr(os, call)
+
+    def fail(what: Any, *rest: Any, **how: Any) -> Any:
+        if call == "preadv" or what == "__0_0.distcp":
+            raise OSError(5, "Input/output error", *([what] if call == "open" else []))
+        return real(what, *rest, **how)
+
+    monkeypatch.setattr(os, call, fail)
+    assert f"{tmp_path / 'step-1' / '__0_0.distcp'} cannot be read: Input/output error" in said(tmp_path, model)
