@@ -101,7 +101,7 @@ def load_into_another(folder: Path, kind: str) -> None:
     """Load into what is not what was saved."""
     model, _ = saved(folder)
     if kind == "nowhere":
-        mics.load(folder / "step-7", model, None)
+        mics.load(folder / "nowhere" / "step-7", model, None)
     if kind in ("Wider", "Longer", "Shorter"):
         model = mics.shard(globals()[kind](), mics.Sharding.mics(2))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -38,8 +38,11 @@ def replacing(folder: Path) -> Place:
     return place
 
 
-def test_a_checkpoint_that_made_room_for_one_that_never_came_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["once", "by the first save, too"])
+def test_a_checkpoint_that_made_room_for_one_that_never_came_is_loaded(tmp_path: Path, killed: str) -> None:
     model = saved(tmp_path, 1.0)
+    if killed != "once":  # before it moved that file
+        (tmp_path / "latest").rename(tmp_path / "step-1" / "latest")
     replacing(tmp_path)
     for path in (tmp_path, tmp_path / "step-1"):
         assert mics.load(path, model, None) == {"value": 1.0}

@@ -38,6 +38,11 @@ def path_of(given: str | os.PathLike[str], caller: str) -> Path:
     return Path(given)
 
 
+def replaced(path: Path) -> Path:
+    """Where an older checkpoint of this path waits for its end."""
+    return path.parent / f".{path.name}.replaced"
+
+
 @dataclass(frozen=True)
 class Place:
     """A checkpoint's own directory. Only rank 0 calls what changes anything."""
@@ -60,7 +65,7 @@ class Place:
     @property
     def replaced(self) -> Path:
         """Where an older one of this name waits for its end."""
-        return self.path.parent / f".{self.path.name}.replaced"
+        return replaced(self.path)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

@@ -37,8 +37,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     bit. With another number of ranks random numbers are left alone, and buffers become those of rank 0.
     Without an optimizer (None) only the model is loaded.
 
-    Where there is no checkpoint yet it raises mics.NoCheckpoint on every rank: begin anew. One that is damaged, or that
-    some ranks do not see, raises another error, which names the newest complete one before it.
+    Where there is no checkpoint yet, and no complete one beside the path, it raises mics.NoCheckpoint on every rank:
+    begin anew. One that is damaged or of another format, or that some ranks do not see, raises another error, which
+    names a complete one if there is one to load instead.
 
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
     leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
