@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from checkpoint_work import Cluster, Model, Setting, build, held, train
+from mics_core.checkpoint import saving
 
 PAIR = Cluster(2, 2, mics.Sharding(1, 1, 2))
 
@@ -99,7 +101,7 @@ def load_into_another(folder: Path, kind: str) -> None:
     """Load into what is not what was saved."""
     model, _ = saved(folder)
     if kind == "nowhere":
-        mics.load(folder / "step-7", model, None)
+        mics.load(folder / "nowhere" / "step-7", model, None)
     if kind in ("Wider", "Longer", "Shorter"):
         model = mics.shard(globals()[kind](), mics.Sharding.mics(2))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,7 +113,8 @@ def load_into_another(folder: Path, kind: str) -> None:
     elif kind == "one rank":
         dist.barrier()
         folder = folder if on_first_rank() else folder / "step-1" / "nothing"
-    mics.load(folder, model, None if kind == "one optimizer" and on_first_rank() else optimizer)
+    passed = None if kind == "one optimizer" and on_first_rank() else optimizer
+    mics.load(folder, model, passed, verify=kind != "one verifies" or on_first_rank())
 
 
 @contextmanager
@@ -158,6 +161,9 @@ def fail_to_save(folder: Path, how: str) -> tuple[str, list[str], bool]:
                     mics.save(path, model, optimizer, background=how == "full behind").wait()
             else:
                 mics.save(path, model, optimizer, background=how == "full behind").wait()
+        elif how == "no memory" and dist.get_rank() == 1:
+            with patch.object(saving, "random_state", side_effect=MemoryError("for the random numbers of rank 1")):
+                mics.save(path, model, passed)
         else:
             mics.save(path, model, passed, keep=keep, **extra)
     except (RuntimeError, ValueError) as error:

@@ -29,6 +29,7 @@ def test_every_damage_of_every_file_is_found_on_every_rank_before_memory_is_touc
         ("Shorter", "idle is in"),
         ("SGD", "the checkpoint's optimizer is AdamW, got SGD"),
         ("one optimizer", "load: ranks [1] passed an optimizer and the others none, expected one from all"),
+        ("one verifies", "load: ranks [0] passed verify=True and the others False, expected the same: ask alike"),
         ("fewer", "belongs to the checkpoint's optimizer alone"),
     ],
 )
@@ -59,6 +60,7 @@ def test_a_path_without_a_checkpoint_on_any_rank(pool: Pool, tmp_path: Path, kin
         ("paths", "ask alike everywhere"),
         ("extra", 'extra["function"] is a function, expected tensors, numbers'),
         ("gradients", "has gradients that no step has used"),
+        ("no memory", "save: MemoryError: for the random numbers of rank 1"),
     ],
 )
 def test_a_save_that_fails_leaves_the_one_before(pool: Pool, tmp_path: Path, how: str, sentence: str) -> None:

@@ -1,5 +1,8 @@
 """A folder of checkpoints whatever moment a save was killed at."""
 
+import errno
+import fcntl
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ from torch import nn
 
 import mics_core as mics
 from mics_core import ConfigError
+from mics_core.checkpoint import saving
 from mics_core.checkpoint.folder import Place
 
 
@@ -34,8 +38,11 @@ def replacing(folder: Path) -> Place:
     return place
 
 
-def test_a_checkpoint_that_made_room_for_one_that_never_came_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["once", "by the first save, too"])
+def test_a_checkpoint_that_made_room_for_one_that_never_came_is_loaded(tmp_path: Path, killed: str) -> None:
     model = saved(tmp_path, 1.0)
+    if killed != "once":  # before it moved that file
+        (tmp_path / "latest").rename(tmp_path / "step-1" / "latest")
     replacing(tmp_path)
     for path in (tmp_path, tmp_path / "step-1"):
         assert mics.load(path, model, None) == {"value": 1.0}
@@ -64,6 +71,38 @@ def test_one_process_saves_in_a_folder_at_a_time(tmp_path: Path) -> None:
         pass
     with Place(tmp_path / "step-2").claimed():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_that_locks_nothing_is_saved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    model = saved(tmp_path, 1.0)
+    mics.save(tmp_path / "step-2", model, None, keep=1, value=2.0)
+    assert mics.load(tmp_path, model, None) == {"value": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "expected a folder in which all ranks may make files: choose another path"),
+        (errno.EIO, "expected no error of the system: mend its cause, and save again"),
+        (errno.EMFILE, "expected no error of the system: mend its cause, and save again"),
+    ],
+)
+def test_another_path_is_advised_where_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "a file")
+
+    monkeypatch.setattr(saving, "write", refuse)
+    with pytest.raises(RuntimeError) as caught:
+        saved(tmp_path, 1.0)
+    told = f"save: a file cannot be written: {os.strerror(number)}, {advice}; older checkpoints are as they were"
+    assert str(caught.value) == told
 
 
 @contextmanager

@@ -12,6 +12,6 @@ class LifecycleError(RuntimeError):
 
 
 class NoCheckpoint(RuntimeError):
-    """Nothing to load there, on any rank: begin anew. A checkpoint that is damaged, or is seen by some ranks alone, is
-    a plain RuntimeError.
+    """Nothing to load there, on any rank: begin anew. A checkpoint that is damaged, of another format, or seen by some
+    ranks alone, or complete ones beside a path that is not there, are a plain RuntimeError.
     """

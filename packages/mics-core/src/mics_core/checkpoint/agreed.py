@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROOM = "cannot be written: {}, expected a disk with room: make room, or choose another path"
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
 _WRITABLE = "cannot be written: {}, expected a folder in which all ranks may make files: choose another path"
+_ABLE = "cannot be written: {}, expected no error of the system: mend its cause, and save again"
 _READABLE = "cannot be read: {}, expected files that all ranks may read: give another path"
 _LOOKS = 3  # at a job in the time of the timeout: as many in a row that see no progress are its end
 
@@ -85,6 +87,7 @@ def _problem(caller: str, error: Exception) -> Problem:
         return Problem.of(caller, error)
     said = _READABLE
     if caller == "save":
-        said = (_ROOM if error.errno in _FULL else _WRITABLE) + "; older checkpoints are as they were"
+        said = _ROOM if error.errno in _FULL else _WRITABLE if error.errno in _DENIED else _ABLE
+        said += "; older checkpoints are as they were"
     where = error.filename or "a file of the checkpoint"
     return Problem(RuntimeError, f"{caller}: {where} {said.format(error.strerror or error)}")

@@ -38,6 +38,11 @@ def path_of(given: str | os.PathLike[str], caller: str) -> Path:
     return Path(given)
 
 
+def replaced(path: Path) -> Path:
+    """Where an older checkpoint of this path waits for its end."""
+    return path.parent / f".{path.name}.replaced"
+
+
 @dataclass(frozen=True)
 class Place:
     """A checkpoint's own directory. Only rank 0 calls what changes anything."""
@@ -60,7 +65,7 @@ class Place:
     @property
     def replaced(self) -> Path:
         """Where an older one of this name waits for its end."""
-        return self.path.parent / f".{self.path.name}.replaced"
+        return replaced(self.path)
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -68,8 +73,10 @@ class Place:
         folder = self.path.parent
         _make_durably(folder)
         with (folder / _LOCK).open("a") as lock:
+            locked = False
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
             except BlockingIOError:
                 raise ConfigError(
                     f"save: another process is saving in {folder}, expected a folder of this training's own: choose "
@@ -81,7 +88,8 @@ class Place:
             try:
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+                if locked:
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
 
     def prepare(self) -> None:
         """Remove what killed saves left, and make an empty directory to write to."""

@@ -37,8 +37,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     bit. With another number of ranks random numbers are left alone, and buffers become those of rank 0.
     Without an optimizer (None) only the model is loaded.
 
-    Where there is no checkpoint yet it raises mics.NoCheckpoint on every rank: begin anew. One that is damaged, or that
-    some ranks do not see, raises another error, which names the newest complete one before it.
+    Where there is no checkpoint yet, and no complete one beside the path, it raises mics.NoCheckpoint on every rank:
+    begin anew. One that is damaged or of another format, or that some ranks do not see, raises another error, which
+    names a complete one if there is one to load instead.
 
     Names, shapes and files are checked first; what does not fit raises on every rank and changes nothing. verify=False
     leaves out the checksums, so that every byte is read once; damage that reading finds then has overwritten a part of
@@ -61,9 +62,9 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
     together(world, "load", rest)
     stored = together(world, "load", lambda: Stored(path_of(path, "load")), "opening the checkpoint")
     told = on_all_ranks(
-        world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None)
+        world, "load", lambda: (hashlib.sha256(stored.manifest.render()).digest(), optimizer is not None, bool(verify))
     )
-    versions, passed = zip(*told, strict=True)
+    versions, passed, verifies = zip(*told, strict=True)
     odd = [rank for rank, version in zip(world.ranks, versions, strict=True) if version != versions[0]]
     if odd:
         raise ConfigError(
@@ -71,6 +72,11 @@ def load(path: str | Path, model: nn.Module, optimizer: Optimizer | None, *, ver
             "or load again if a save replaced it meanwhile"
         )
     optimizer_state.check_passed("load", passed, world.ranks)
+    if len(set(verifies)) > 1:
+        verifying = [rank for rank, one in zip(world.ranks, verifies, strict=True) if one]
+        raise ConfigError(
+            f"load: ranks {verifying} passed verify=True and the others False, expected the same: ask alike everywhere"
+        )
     if verify:
         together(world, "load", lambda: stored.verify(world.rank, world.size), "verifying its share of the files")
     job = together(world, "load", lambda: _Job(runtime, model, optimizer, stored), "opening its files")

@@ -29,7 +29,8 @@ class Opened:
     def size(self, name: str) -> int | None:
         """A file's bytes; None if there is no such file."""
         try:
-            found = os.stat(name, dir_fd=self._directory)
+            with self._naming(name):
+                found = os.stat(name, dir_fd=self._directory)
         except FileNotFoundError:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
@@ -43,20 +44,31 @@ class Opened:
     @contextmanager
     def stream(self, name: str) -> Iterator[IO[bytes]]:
         """A file from its beginning; several threads may read the same one."""
-        if name in self._held:
-            yield io.BufferedReader(_Reading(self._held[name]))
-        else:
-            with open(name, "rb", opener=self._opened) as file:
-                yield file
+        with self._naming(name):
+            if name in self._held:
+                yield io.BufferedReader(_Reading(self._held[name]))
+            else:
+                with open(name, "rb", opener=self._opened) as file:
+                    yield file
 
     def _opened(self, name: str, flags: int) -> int:
         try:
-            return os.open(name, flags, dir_fd=self._directory)
+            with self._naming(name):
+                return os.open(name, flags, dir_fd=self._directory)
         except FileNotFoundError as error:
             raise RuntimeError(
                 f"load: {self._path / name} was there and is gone, expected no save that replaces or removes the "
                 "checkpoint meanwhile: load again"
             ) from error
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Let errors of the disk say where the file is that they are about."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path / name)
+            raise
 
     def _kept(self, number: int) -> int:
         self._open.callback(os.close, number)

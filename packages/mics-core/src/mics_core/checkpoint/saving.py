@@ -141,12 +141,16 @@ def save(
 
     told = on_all_ranks(world, "save", collect)
     _check_alike(told, world.ranks)
-    own = {"random": random_state(runtime.world.device), "buffers": {}}
-    if len({each.buffers for each in told}) > 1:
-        own["buffers"] = model_state.buffers(model, "save")
-    about = _about(runtime, optimizer, contents[0], sorted(extra))
-    written = replace(contents[0], own=packed(own, "this rank's state"))
-    job = _Job(Place(Path(path).absolute()), written, rungs, world.rank, keep, about)
+
+    def plan() -> _Job:
+        own = {"random": random_state(runtime.world.device), "buffers": {}}
+        if len({each.buffers for each in told}) > 1:
+            own["buffers"] = model_state.buffers(model, "save")
+        about = _about(runtime, optimizer, contents[0], sorted(extra))
+        written = replace(contents[0], own=packed(own, "this rank's state"))
+        return _Job(Place(Path(path).absolute()), written, rungs, world.rank, keep, about)
+
+    job = together(world, "save", plan)
     job.prepare(world)
     saving = Saving(job, world, background=background)
     if background:
