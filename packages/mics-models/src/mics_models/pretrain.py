@@ -204,7 +204,6 @@ def pretrain(settings: Settings, device: torch.device) -> Stop:
     batches = together(lambda: Batches(settings, configure(settings.model), corpus, *_place()))
     folder = run_folder.find(settings, rank)  # before the plan, which takes seconds
     screen.plan("mics pretrain", plan.rows(settings, configure(settings.model), corpus, forecast(settings, device)))
-    run_folder.write(folder, settings, rank)
     run = Run(Training(settings, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
