@@ -1,9 +1,13 @@
 """A lane of the host does its jobs in their order, after the works they name, and none behind a failure."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from mics_core import LostRank, tell_failure
+from mics_core.comm import first_cause, lanes
 from mics_core.comm.lanes import HostLane, Work
 
 
@@ -41,6 +45,33 @@ def test_whoever_waits_for_a_job_that_failed_hears_its_error() -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             failed.wait()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(RuntimeError("closed by peer"), LostRank), (torch.OutOfMemoryError("40 GB"), torch.OutOfMemoryError)],
+)
+def test_no_rank_is_blamed_for_what_this_ones_device_raises(error: Exception, kind: type[Exception]) -> None:
+    def job() -> None:
+        raise error
+
+    with pytest.raises(kind) as raised:
+        HostLane("a lane").submit("gather of blocks.1", job).wait()
+    assert type(raised.value) is kind
+    assert "gather of blocks.1" in "".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
+
+
+def test_a_process_that_an_error_ends_waits_for_no_lane_though_its_program_caught_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(lanes, "_host_lanes", [SimpleNamespace(close=waited.append)])
+    monkeypatch.setattr(first_cause, "_failed", False)
+    monkeypatch.delattr("sys.last_value", raising=False)
+    lanes._finish_lanes()
+    tell_failure(LostRank("nothing came from rank 1"))
+    lanes._finish_lanes()
+    assert waited == [600.0, 1.0]
 
 
 def test_nothing_is_done_behind_a_failure() -> None:

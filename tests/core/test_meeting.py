@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from mics_core.comm.meeting import meet
-from mics_core.errors import ConfigError, LifecycleError
+from mics_core.errors import ConfigError, LostRank
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def start(
         client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
         try:
             mine = meet(client, rank, world, (trouble or {}).get(rank, ""), timedelta(seconds=seconds))
-        except (ConfigError, LifecycleError) as error:
+        except (ConfigError, LostRank) as error:
             return str(error)
         if rank == 0:
             mine.set("state", "old" if mine.check(["state"]) else "new")

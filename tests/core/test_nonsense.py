@@ -120,10 +120,6 @@ def cluster(**settings: Any) -> Callable[[], object]:
         (lambda: mics.shape_of(("weight", torch.ones(2))), "shape_of: got a tuple, expected a parameter"),  # type: ignore[arg-type]
         (lambda: mics.Precision(loss_scale=2.0), "Precision: loss_scale is 2.0, expected a mics.LossScale"),  # type: ignore[arg-type]
         (lambda: mics.Sharding.ddp().resolve("2"), "Sharding: the number of ranks is '2', expected a count"),  # type: ignore[arg-type]
-        (lambda: mics.Sharding.zero3(2), "or write Sharding(params=2, grads=2, optimizer=2)"),  # type: ignore[arg-type]
-        (lambda: mics.Sharding.zero2(2), "or write Sharding(params=1, grads=2, optimizer=2)"),  # type: ignore[arg-type]
-        (lambda: mics.Sharding.zero1(2), "zero1: got 2, expected nothing: call it without"),  # type: ignore[arg-type]
-        (lambda: mics.Sharding.ddp(8), "Sharding.ddp: got 8, expected nothing"),  # type: ignore[arg-type]
         (forecast(model=None), "forecast: the model is None, expected a torch.nn.Module"),
         (forecast(sharding="ddp"), "forecast: sharding is 'ddp', expected a mics.Sharding"),
         (forecast(precision="bf16"), "forecast: precision is 'bf16', expected a mics.Precision"),

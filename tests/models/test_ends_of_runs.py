@@ -1,19 +1,24 @@
 """A run that something stops ends with one sentence, and saves nothing of what is worthless."""
 
 import errno
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mics_core as mics
+from mics_core.checkpoint import saving
 from mics_models import pretrain
 from mics_models.data.prepare import Settings, prepare
 from mics_models.training.journal import Journal
 from mics_models.training.run import resuming
 from mics_models.training.screen import fitted
+from mics_models.training.together import refusing
 
 TINY = (
     "model.config.layers=1",
@@ -60,6 +65,102 @@ def test_a_save_that_fails_is_one_sentence(
     assert status == 2
     steps = 3 if every.endswith("0") else 2
     assert complaint == f"pretrain: stopped after {steps} steps: save: no room on the disk: make some\n"
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the disk be full in the first saves after so many steps."""
+
+    def full(*steps: int) -> None:
+        left, write = list(steps), saving.write
+
+        def run_out(folder: Path, *rest: Any) -> Any:
+            for step in left:
+                if f"step-{step:08d}" in str(folder):
+                    left.remove(step)
+                    raise OSError(errno.ENOSPC, "No space left on device", "a file")
+            return write(folder, *rest)
+
+        monkeypatch.setattr(saving, "write", run_out)
+
+    return full
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_is_told_to_leave_where_a_save_in_the_background_fails_saves_once_more(
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    full: Callable[..., None],
+    again: bool,
+) -> None:
+    step = pretrain.Training.step
+
+    def told_in_the_second(self: pretrain.Training, number: int) -> Any:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(pretrain.Training, "step", told_in_the_second)
+    full(*[2] * (1 + again))
+    status, said, complaint = run("schedule.steps=9", "checkpoint.every=1")
+    assert "the checkpoint of step 2 was not saved: save: " in said
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    if again:
+        assert (status, latest) == (2, "step-00000001")
+        assert complaint.startswith("pretrain: stopped after 2 steps: save: ")
+        assert "saved in" not in said
+    else:
+        assert (status, latest, complaint) == (3, "step-00000002", "")
+
+
+@pytest.mark.parametrize(("steps", "status"), [((2, 6), 0), ((2, 4), 2)])
+def test_the_second_checkpoint_in_a_row_that_is_not_saved_ends_a_run(
+    run: Callable[..., tuple[int, str, str]], full: Callable[..., None], steps: tuple[int, int], status: int
+) -> None:
+    full(*steps)
+    ended, said, complaint = run("schedule.steps=9", "checkpoint.every=2")
+    assert ended == status, complaint
+    for step in steps:
+        assert f"the checkpoint of step {step} was not saved: save: " in said
+    expected = "pretrain: stopped after 6 steps: two checkpoints in a row were not saved: save: .* room.*\n"
+    assert re.fullmatch(expected if status else "", complaint)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"), [("model.config.width=64", "another model"), ("schedule.steps=2", "raise schedule.steps")]
+)
+def test_a_resume_that_is_refused_leaves_the_runs_settings(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, change: str, sentence: str
+) -> None:
+    assert run()[0] == 0
+    told = tmp_path / "run" / "settings.toml"
+    before = told.read_text()
+    status, _, complaint = run("checkpoint.resume=always", change)
+    assert status == 2
+    assert sentence in complaint
+    assert told.read_text() == before
+
+
+def test_a_checkpoint_of_another_program_is_refused_in_a_sentence(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: pretrain.Training, path: Path, *_: Any, **__: Any) -> Any:
+        return mics.save(path, self.model, self.optimizer, step=1)
+
+    monkeypatch.setattr(pretrain.Training, "save", save)
+    assert run()[0] == 0
+    status, _, complaint = run("checkpoint.resume=always")
+    assert status == 2
+    assert re.fullmatch(
+        r"pretrain: the checkpoint in .*/checkpoints has no losses, settings, expected .*: name .*\n", complaint
+    )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("40 GB"), mics.LostRank("nothing came from rank 1")])
+def test_what_some_ranks_alone_raise_is_not_taken_for_a_refusal_of_all(error: Exception) -> None:
+    with pytest.raises(type(error)), refusing():
+        raise error
 
 
 @pytest.mark.parametrize("every", ["log.every=1", "log.every=3", "log.every=50"])

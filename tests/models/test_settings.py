@@ -73,6 +73,8 @@ def test_the_command_line_goes_over_the_file() -> None:
         ("batch.sequence=3", r"batch.sequence is unknown, did you mean batch.seq\?"),
         ("schedule.lr=3", r"schedule.lr is unknown, did you mean optimizer.lr\?"),
         ("model.every=3", r"did you mean evaluation.every or checkpoint.every or log.every\?"),
+        ("model.layers=3", r"model.layers is unknown, did you mean model.config.layers\?"),
+        ("layers=3", r"layers is unknown, did you mean model.config.layers\?"),
         ("shedule.steps=3", r"shedule is unknown, did you mean schedule\?"),
         ("batch=3", "batch is 3, expected a table of keys"),
         ("batch.seq=short", "batch.seq is 'short', expected a value like 128: write a whole number"),

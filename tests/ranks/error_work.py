@@ -97,6 +97,16 @@ def train_differently(sharding: mics.Sharding, how: str) -> None:
             mics.check_replicas(model)
 
 
+def cannot_connect() -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("connection refused")
+
+    world = World(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", fails)
+        world.group((0, 1), "test")
+
+
 def meet_in_different_calls() -> None:
     World(None).all_gather_object(None, "save" if dist.get_rank() == 0 else "check_replicas")
 

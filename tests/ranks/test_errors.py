@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import error_work as work
 from depth import is_deep
-from mics_core import ConfigError, LifecycleError, Sharding
+from mics_core import ConfigError, LifecycleError, LostRank, Sharding
 from pool import Pool
 
 
@@ -334,6 +334,11 @@ def test_where_nothing_travels_ranks_may_use_units_in_any_order(pool: Pool) -> N
     assert all(pool.run(4, partial(work.use_in_orders, evaluate=True), Sharding(1, 4, 4), orders, False))
 
 
+def test_ranks_that_cannot_connect_say_so(pool: Pool) -> None:
+    for rank, text in enumerate(said(pool, LostRank, work.cannot_connect)):
+        assert text == f"connecting ranks for test failed on rank {rank}: connection refused"
+
+
 def test_the_others_name_the_error_of_the_rank_that_ended_first(pool: Pool) -> None:
     first, second, third = pool.errors(3, work.raise_in_a_forward)
     assert str(second) == "was ended"
@@ -341,6 +346,7 @@ def test_the_others_name_the_error_of_the_rank_that_ended_first(pool: Pool) -> N
         said = (
             f"gather of the root failed on rank {rank} after rank 1 raised ValueError: no such luck: nothing came from"
         )
+        assert type(error) is LostRank
         assert str(error).startswith(said)
 
 

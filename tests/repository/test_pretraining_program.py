@@ -202,6 +202,27 @@ def test_a_rank_that_is_killed_is_named_by_the_others_in_one_sentence(warm: Warm
     assert re.fullmatch(r"pretrain: on rank 0: .*nothing came from rank 1.*\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    "deadly",
+    [
+        "mics_models.training.news:Exchange.send",
+        "mics_models.pretrain:everyone",  # behind the forwards of an evaluation
+        "mics_core.checkpoint.saving:write",
+        pytest.param("mics_core.checkpoint.saving:write in the background", marks=pytest.mark.deep),
+    ],
+)
+def test_a_rank_that_dies_is_named_once_wherever_others_wait_for_it(
+    warm: WarmRanks, tmp_path: Path, deadly: str
+) -> None:
+    where, _, behind = deadly.partition(" ")
+    settings = (f"checkpoint.background={'true' if behind else 'false'}", "checkpoint.every=2", "evaluation.every=1")
+    settings += ("schedule.steps=5", f"output={tmp_path / 'run'}")
+    done = warm.run(*[[*TINY, *settings]] * 2, deadly=where)
+    assert done.statuses == [1, -signal.SIGKILL], done.stderr
+    (said,) = re.findall(r"^pretrain: .*$", done.stderr, re.M)
+    assert re.match("pretrain: on rank 0: .*nothing came from rank 1[: ]", said)
+
+
 def test_damaged_tokens_that_one_rank_finds_end_the_run_before_it_is_saved(warm: WarmRanks, tmp_path: Path) -> None:
     text, data = tmp_path / "a.txt", tmp_path / "data"
     text.write_text("to be or not to be\n" * 1000)

@@ -5,8 +5,10 @@ As users start them, each rank and its launcher import torch, which takes longer
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -47,17 +49,23 @@ class WarmRanks:
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=PATIENCE)
 
-    def run(self, *ranks: Sequence[str], program: str = "pretrain") -> Done:
+    def run(self, *ranks: Sequence[str], program: str = "pretrain", deadly: str = "") -> Done:
         """Run the program with these command lines, one for each rank; alone it is plain python."""
-        self.start(*ranks, program=program)
+        self.start(*ranks, program=program, deadly=deadly)
         return self.wait()
 
-    def start(self, *ranks: Sequence[str], program: str = "pretrain", gate: tuple[int, str] | None = None) -> list[int]:
+    def start(
+        self,
+        *ranks: Sequence[str],
+        program: str = "pretrain",
+        gate: tuple[int, str] | None = None,
+        deadly: str = "",
+    ) -> list[int]:
         """Begin a run that does not take the step of this number until the file of this name is there; the process of
-        each rank.
+        each rank. In the function of the name `deadly`, "module:name", the last rank is killed.
         """
         self._folder = tempfile.TemporaryDirectory()
-        asked = {"folder": self._folder.name, "ranks": ranks, "program": program, "gate": gate}
+        asked = {"folder": self._folder.name, "ranks": ranks, "program": program, "gate": gate, "deadly": deadly}
         assert self._process.stdin is not None
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         pids: list[int] = self._hear()
@@ -118,6 +126,11 @@ def _be_rank(rank: int, port: int, asked: dict[str, Any]) -> None:
             return step(training, number)
 
         pretrain.Training.step = gated  # type: ignore[method-assign]
+    if asked["deadly"] and rank == world - 1:
+        module, _, name = asked["deadly"].partition(":")
+        within, _, last = name.rpartition(".")
+        owner = pkgutil.resolve_name(f"{module}:{within}") if within else importlib.import_module(module)
+        setattr(owner, last, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     status = 70
     try:
         status = {"pretrain": pretrain, "generate": generate}[asked["program"]].main(asked["ranks"][rank])

@@ -3,9 +3,9 @@
 from mics_core.checkpoint import load, save
 from mics_core.checkpoint.weight_files import open_weights
 from mics_core.checkpoint.weights import load_weights
-from mics_core.comm import first_cause
+from mics_core.comm.first_cause import publish_at_the_end, tell_failure
 from mics_core.comm.world import init
-from mics_core.errors import ConfigError, LifecycleError, NoCheckpoint
+from mics_core.errors import ConfigError, LifecycleError, LostRank, NoCheckpoint
 from mics_core.loop import accumulate, check_replicas, clip_grad_norm_, full_params, ledger
 from mics_core.optim.adamw import AdamW
 from mics_core.optim.hooks import watch_optimizers
@@ -17,7 +17,7 @@ from mics_core.spec.sharding import LossScale, Precision, Sharding
 from mics_core.unit.slices import shape_of
 
 watch_optimizers()
-first_cause.publish_at_the_end()
+publish_at_the_end()
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "ConfigError",
     "LifecycleError",
     "LossScale",
+    "LostRank",
     "NoCheckpoint",
     "Precision",
     "Sharding",
@@ -44,4 +45,5 @@ __all__ = [
     "save",
     "shape_of",
     "shard",
+    "tell_failure",
 ]

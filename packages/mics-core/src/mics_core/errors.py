@@ -1,4 +1,4 @@
-"""What can go wrong: a wrong request, a right request at the wrong moment, or no checkpoint yet."""
+"""What can go wrong: a wrong request, a right request at the wrong moment, a lost rank, or no checkpoint yet."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ class ConfigError(ValueError):
 
 class LifecycleError(RuntimeError):
     """A request at the wrong moment: a step inside a backward, a forward before `shard`, a gather without a rank."""
+
+
+class LostRank(LifecycleError):
+    """Another rank is gone, or the network to it has failed. Ranks hear of it in different words, and can agree on
+    nothing any more: save nothing, and end the process.
+    """
 
 
 class NoCheckpoint(RuntimeError):

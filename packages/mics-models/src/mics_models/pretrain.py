@@ -30,7 +30,7 @@ from mics_models.training.screen import Screen
 from mics_models.training.settings import Settings, explained, flatten
 from mics_models.training.settings import read as read_settings
 from mics_models.training.stopwatch import Stopwatch
-from mics_models.training.together import Refused, Unheard, agree, everyone, hearing, together
+from mics_models.training.together import Refused, agree, everyone, refusing, together
 from mics_models.training.trains import Saves
 
 HELP = f"""usage: python -m mics_models.pretrain [--traceback] [FILE.toml] [table.key=value ...]
@@ -94,10 +94,8 @@ class Training:
             return given if "embedding.weight" in given else from_hf_lazily(given, self.config)
 
         given = together(look)
-        try:
+        with refusing(f"model.weights is {weights}: "):
             mics.load_weights(given, self.model)
-        except (RuntimeError, ValueError) as error:  # the same on all ranks
-            raise Refused(f"model.weights is {weights}: {error}") from error
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step: this rank's loss of each micro-step, before it, and the norm of the gradient."""
@@ -130,12 +128,11 @@ class Training:
 
     def load(self, folder: Path) -> dict[str, Any] | None:
         """Continue from the latest checkpoint; what was saved as extra, None if there is none yet."""
-        try:
-            extra = mics.load(folder, self.model, self.optimizer)
-        except mics.NoCheckpoint:
-            return None
-        except (RuntimeError, ValueError) as error:  # the same on all ranks
-            raise Refused(str(error)) from error
+        with refusing():
+            try:
+                extra = mics.load(folder, self.model, self.optimizer)
+            except mics.NoCheckpoint:
+                return None
         self.use_settings()
         return extra
 
@@ -149,10 +146,7 @@ class Training:
             for micro_step in range(micro_steps):
                 total += self.model(**to_device(self.batches.evaluation(batch, micro_step), self.device))
         self.model.train()
-        if self.world > 1:
-            with hearing():
-                dist.all_reduce(total)
-        return total.item() / (batches * micro_steps * self.world)
+        return float(sum(everyone(total.item()))) / (batches * micro_steps * self.world)
 
 
 def _place() -> tuple[int, int]:
@@ -210,7 +204,6 @@ def pretrain(settings: Settings, device: torch.device) -> Stop:
     batches = together(lambda: Batches(settings, configure(settings.model), corpus, *_place()))
     folder = run_folder.find(settings, rank)  # before the plan, which takes seconds
     screen.plan("mics pretrain", plan.rows(settings, configure(settings.model), corpus, forecast(settings, device)))
-    run_folder.write(folder, settings, rank)
     run = Run(Training(settings, batches, device), corpus, folder, screen)
     if run.peak is not None:
         screen.say(f"MFU is of {run.peak.flops / 1e12:.3g} TFLOP/s a device: {run.peak.source}")
@@ -242,10 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = mics.init()
     try:
         return _status(words, device, first=first)
-    except (Unheard, mics.LifecycleError) as error:  # of this rank
+    except mics.LifecycleError as error:  # of this rank
         if len(words) < len(given):
             raise
-        sys.last_value = error  # of which mics tells the others, as of any that ends Python
+        mics.tell_failure(error)
         print(f"pretrain: on rank {_place()[0]}: {error}", file=sys.stderr, flush=True)
         return 1
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mics_core.errors import LifecycleError
+from mics_core.errors import LostRank
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ _rank = 0
 _start = ""
 _questions: SimpleQueue[Callable[[], None]] = SimpleQueue()
 _asking: threading.Thread | None = None
+_failed = False
 
 
 def remember_store(*, new: bool) -> None:
@@ -46,6 +47,15 @@ def remember_store(*, new: bool) -> None:
         _questions = SimpleQueue()
         _asking = threading.Thread(target=_ask, args=(_questions,), name="mics first cause", daemon=True)
         _asking.start()
+
+
+def tell_failure(error: BaseException) -> None:
+    """Tell the other ranks that this process is about to end by an error that its own program has caught. One that
+    nobody catches is told without this.
+    """
+    global _failed
+    _failed = True
+    publish(error)
 
 
 def publish(error: BaseException) -> None:
@@ -121,15 +131,20 @@ def _ask(questions: SimpleQueue[Callable[[], None]]) -> None:
         questions.get()()
 
 
-def blamed(what: str, error: BaseException) -> LifecycleError:
+def blamed(what: str, error: BaseException) -> LostRank:
     """The error of something that needs other ranks: the first cause first, what the network said last."""
     cause = known()
     after = f" after {cause}" if cause else ""
-    return LifecycleError(f"{what} failed on rank {_rank}{after}: {error}")
+    return LostRank(f"{what} failed on rank {_rank}{after}: {error}")
 
 
 def _key() -> str:
     return f"mics: why the first rank ended{_start}"
+
+
+def failed() -> bool:
+    """Whether an error ends this process."""
+    return _failed or hasattr(sys, "last_value")  # which Python has where nobody caught it
 
 
 def publish_at_the_end() -> None:

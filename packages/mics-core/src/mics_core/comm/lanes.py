@@ -7,7 +7,6 @@ event and the host goes on; on a CPU the caller waits.
 from __future__ import annotations
 
 import atexit
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mics_core.comm.first_cause import blamed
+from mics_core.comm.first_cause import blamed, failed
 
 
 class Work(Protocol):
@@ -49,6 +48,9 @@ DONE = Done()
 def _do(what: str, job: Callable[[], None]) -> None:
     try:
         job()
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # of this rank's device
+        error.add_note(f"in the {what}")
+        raise
     except RuntimeError as error:
         raise blamed(what, error) from error
 
@@ -130,7 +132,7 @@ def _finish_lanes() -> None:
 
     After an error a transfer may never end, and the launcher should hear of the error soon.
     """
-    seconds = 1.0 if hasattr(sys, "last_value") else 600.0
+    seconds = 1.0 if failed() else 600.0
     for host_lane in list(_host_lanes):
         host_lane.close(seconds)
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from mics_core.errors import ConfigError, LifecycleError
+from mics_core.errors import ConfigError, LostRank
 
 _PAUSE = 0.02
 _FAREWELL = timedelta(seconds=10)
@@ -41,7 +41,7 @@ def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) 
             verdict = start.get("verdict").decode()
             start.set(_heard(rank), "")
         except RuntimeError as error:  # nobody answered for too long, or who keeps the store is gone
-            raise LifecycleError(
+            raise LostRank(
                 f"init: rank {rank} did not hear that all {world} ranks are there: look for the error of one that is "
                 f"not, or give init a longer timeout than {timeout} ({error})"
             ) from error
@@ -56,7 +56,7 @@ def _hear_all(store: Store, start: Store, mine: str, world: int, timeout: timede
     end = time.monotonic() + timeout.total_seconds()
     while missing := [rank for rank in range(1, world) if not start.check([_thanks(rank)])]:
         if time.monotonic() > end:
-            raise LifecycleError(
+            raise LostRank(
                 f"init: after {timeout} ranks {missing} of {world} have not come: look for an error of theirs, or give "
                 "init a longer timeout"
             )

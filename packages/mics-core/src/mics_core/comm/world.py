@@ -7,7 +7,8 @@ import os
 import socket
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -63,6 +64,8 @@ def init(timeout: timedelta = _PATIENCE) -> torch.device:
     elif _timeout[0] is not dist.group.WORLD:
         _met = False
     _timeout = (dist.group.WORLD, timeout)
+    if dist.is_initialized():
+        _remember_store()
     return device
 
 
@@ -104,7 +107,7 @@ class World:
             raise LifecycleError("shard: torchrun's RANK is set but no process group exists: call mics.init() first")
         self._single = not dist.is_initialized()
         if not self._single:
-            remember_store(new=_timeout[0] is dist.group.WORLD and _met)
+            _remember_store()
         self.whole = group is None
         self._questions = "questions"  # the lane of what this world asks
         self.ranks: tuple[int, ...] = (0,) if self._single else tuple(dist.get_process_group_ranks(group))
@@ -224,14 +227,17 @@ class World:
         _forget_old_world()
         key = (self.ranks, ranks, name)
         if key not in _subgroups:
-            _subgroups[key] = dist.new_group(
-                list(ranks),
-                timeout=_patience(),
-                backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
-                use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
-                group_desc=f"mics {name}",
-                **_AS_LISTED,
-            )
+            try:
+                _subgroups[key] = dist.new_group(
+                    list(ranks),
+                    timeout=_patience(),
+                    backend=dist.get_backend() if dist.get_backend() == "fake" else backend,
+                    use_local_synchronization=True,  # only members take part: a caller's groups can each have a model
+                    group_desc=f"mics {name}",
+                    **_AS_LISTED,
+                )
+            except RuntimeError as error:
+                raise blamed(f"connecting ranks for {name}", error) from error
         return _subgroups[key]
 
 
@@ -256,14 +262,24 @@ def _forget_old_world() -> None:
         _parent = dist.group.WORLD
 
 
-def _all_gather_object(group: ProcessGroup | None, ranks: Sequence[int], mine: object, what: str) -> list[Any]:
-    """What every rank of the group says, all of them about the same."""
-    everyone: list[Any] = [None] * len(ranks)
+def _remember_store() -> None:
+    remember_store(new=_timeout[0] is dist.group.WORLD and _met)
+
+
+def hear_all(mine: object, what: str) -> list[Any]:
+    """What every rank of the whole world says here, in their order, though no model is sharded yet; small objects."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return [mine] if size == 1 else _all_gather_object(None, range(size), mine, what)
+
+
+@contextmanager
+def hearing(what: str, group: ProcessGroup | None, ranks: Sequence[int]) -> Iterator[None]:
+    """Inside, all ranks of a group wait for each other: if that fails, LostRank says which of them is missing."""
     _forget_old_world()
     name = str((group or dist.distributed_c10d._get_default_group()).group_name)
     _meetings[name] += 1
     try:
-        dist.all_gather_object(everyone, (what, mine), group=group)
+        yield
     except RuntimeError as error:
         absent = absentees(f"{name} {_meetings[name]}", ranks)
         if absent is not None:
@@ -271,6 +287,13 @@ def _all_gather_object(group: ProcessGroup | None, ranks: Sequence[int], mine: o
             others = f" and {number - 1} others" if number > 1 else ""
             raise blamed(f"{what}: hearing all ranks", silent("nothing came from", one, others, error)) from error
         raise blamed(f"{what}: hearing all ranks", error) from error
+
+
+def _all_gather_object(group: ProcessGroup | None, ranks: Sequence[int], mine: object, what: str) -> list[Any]:
+    """What every rank of the group says, all of them about the same."""
+    everyone: list[Any] = [None] * len(ranks)
+    with hearing(what, group, ranks):
+        dist.all_gather_object(everyone, (what, mine), group=group)
     (first, _), *_ = everyone
     for rank, (theirs, _) in zip(ranks, everyone, strict=True):
         if theirs != first:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Any, Never
 
 import torch
 
@@ -37,35 +36,24 @@ class Sharding:
         return cls(degree, degree, degree)
 
     @classmethod
-    def ddp(cls, *given: Never) -> Sharding:
+    def ddp(cls) -> Sharding:
         """Every rank holds everything."""
-        return cls._named("ddp", (1, 1, 1), given)
+        return cls(1, 1, 1)
 
     @classmethod
-    def zero1(cls, *given: Never) -> Sharding:
+    def zero1(cls) -> Sharding:
         """The optimizer's state is cut over all ranks."""
-        return cls._named("zero1", (1, 1, WORLD), given)
+        return cls(1, 1, WORLD)
 
     @classmethod
-    def zero2(cls, *given: Never) -> Sharding:
+    def zero2(cls) -> Sharding:
         """Gradients and the optimizer's state are cut over all ranks."""
-        return cls._named("zero2", (1, WORLD, WORLD), given)
+        return cls(1, WORLD, WORLD)
 
     @classmethod
-    def zero3(cls, *given: Never) -> Sharding:
+    def zero3(cls) -> Sharding:
         """Everything is cut over all ranks."""
-        return cls._named("zero3", (WORLD, WORLD, WORLD), given)
-
-    @classmethod
-    def _named(cls, name: str, degrees: tuple[int, int, int], given: tuple[Any, ...]) -> Sharding:
-        """One that takes no argument; raise if it was given one."""
-        if given:
-            meant = cls(*(given[0] if degree == WORLD else degree for degree in degrees))
-            raise ConfigError(
-                f"Sharding.{name}: got {given[0]!r}, expected nothing: call it without, for all ranks, or "
-                f"write {meant!r}"
-            )
-        return cls(*degrees)
+        return cls(WORLD, WORLD, WORLD)
 
     def resolve(self, world: int) -> Sharding:
         """The same with `WORLD` replaced, checked for a world of so many ranks."""

@@ -10,22 +10,20 @@ import os
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 from mics_models.data import Corpus
 from mics_models.gpt import GPT
 from mics_models.sampling import sample
-from mics_models.sentences import sentence
-from mics_models.training import journal
+from mics_models.training import journal, run_folder
 from mics_models.training.interrupts import Interrupts
 from mics_models.training.news import Exchange, News, Stop
 from mics_models.training.peak import Peak, peak
 from mics_models.training.schedule import rate
 from mics_models.training.screen import Screen
 from mics_models.training.settings import flatten
-from mics_models.training.together import Refused, everyone, together
+from mics_models.training.together import Refused, everyone, refusing, together
 from mics_models.training.token_check import TokenCheck
-from mics_models.training.trains import Trains
+from mics_models.training.trains import Saves, Trains
 
 
 def resuming(folder: Path, world: int) -> str:
@@ -54,12 +52,14 @@ class Run:
         self._losses: list[float] = []  # of the steps since the last report
         self._unwritten = ""  # why the log was not
         self.done = self._resume()
+        run_folder.write(folder, self.settings, training.rank)  # a resume that is refused leaves the run as it was
         self.journal: journal.Journal | None = together(self._open_journal)
         self.peak: Peak | None = everyone(self._peak() if training.rank == 0 else None)[0]
         self.check = TokenCheck(corpus, training.rank, training.world)
         self.news = News(math.nan, (), math.nan, Stop.NO)  # of the last step that was heard of
         self._row: dict[str, float] = {}  # the last report
-        self._saving: Any = None
+        self._saving: tuple[int, Saves] | None = None  # in the background, of the state after so many steps
+        self._unsaved = False  # whether the last of these failed
         self._lap_steps, self._lap_seconds, self._lap_exposed = self.done, 0.0, 0.0
         self._since = time.perf_counter()
 
@@ -88,7 +88,7 @@ class Run:
                         saved = self.done
                 self._hear(exchange.read(), self.done - 1)
                 self._end_check()
-                if self.done > saved:
+                if self.done > saved or self._end_save():
                     self._save(background=False)
         finally:
             self.screen.end()
@@ -213,21 +213,29 @@ class Run:
                 f"verify {self.settings.data.folder}` does that"
             )
 
-    def _end_save(self) -> None:
-        if self._saving is not None:
+    def _end_save(self) -> str:
+        """Let the save in the background end; why it failed, if it did."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            step, save = saving
             try:
-                self._saving.wait()
-            except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks; and now is another try
-                self.screen.say(f"the checkpoint before this one was not saved: {error}")
+                with refusing():
+                    save.wait()
+            except Refused as error:
+                self.screen.say(f"the checkpoint of step {step} was not saved: {error}")
+                return str(error)
+        return ""
 
     def _save(self, *, background: bool) -> None:
         self._pause()
-        self._end_save()
+        failed = self._end_save()
+        if failed and self._unsaved and background:  # else this save is another try
+            raise Refused(f"stopped after {self.done} steps: two checkpoints in a row were not saved: {failed}")
+        self._unsaved = bool(failed)
         extra = {"step": self.done, "settings": dict(flatten(self.settings)), "losses": list(self._losses)}
-        try:
-            self._saving = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
-        except (RuntimeError, ValueError, OSError) as error:  # the same on all ranks
-            raise Refused(f"stopped after {self.done} steps: {sentence(error)}") from error
+        with refusing(f"stopped after {self.done} steps: "):
+            save = self.training.save(self.checkpoints / f"step-{self.done:08d}", extra, background=background)
+        self._saving = (self.done, save) if background else None
         self._measure_again()
 
     def _resume(self) -> int:
@@ -243,6 +251,11 @@ class Run:
             raise Refused(
                 f"checkpoint.resume is 'always' and {self.checkpoints} has no checkpoint, expected one: begin one with "
                 "checkpoint.resume=auto, or name the output of a run"
+            )
+        if missing := {"settings", "step", "losses"} - extra.keys():
+            raise Refused(
+                f"the checkpoint in {self.checkpoints} has no {', '.join(sorted(missing))}, expected one that pretrain "
+                "made: name the output of a run"
             )
         now, then = dict(flatten(self.settings)), extra["settings"]
         for key in now:

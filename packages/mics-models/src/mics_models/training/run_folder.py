@@ -1,4 +1,4 @@
-"""The folder of a run: found before anything slow is done, and written once the plan holds."""
+"""The folder of a run: found before anything slow is done, and written once the run is sure to go on."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mics_models.bert import BERTConfig
+from mics_models.gpt import GPTConfig
+
 Section = TypeVar("Section")
 
 _NUMBERS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -244,6 +247,9 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
 
 
+_CONFIG_KEYS = dict.fromkeys(f"model.config.{each.name}" for kind in (GPTConfig, BERTConfig) for each in fields(kind))
+
+
 def _at(settings: Settings, key: str) -> Any:
     table, _, name = key.rpartition(".")
     return getattr(getattr(settings, table) if table else settings, name)
@@ -256,7 +262,8 @@ def _build(kind: type[Section], table: Mapping[str, Any], before: str) -> Sectio
     for name, value in table.items():
         key = before + name
         if name not in known:
-            elsewhere = [there for there, _ in flatten(Settings()) if there.rpartition(".")[2] == name]
+            everywhere = [*(there for there, _ in flatten(Settings())), *_CONFIG_KEYS]
+            elsewhere = [there for there in everywhere if there.rpartition(".")[2] == name]
             here = nearest(key, [before + other for other in known])
             meant = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else here
             raise ValueError(f"settings: {key} is unknown, {meant}")

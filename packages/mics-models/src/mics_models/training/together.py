@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+import torch
 
+from mics_core.comm.world import hear_all
+from mics_core.errors import LostRank
 from mics_models.sentences import sentence
 
 Result = TypeVar("Result")
@@ -17,27 +19,20 @@ class Refused(Exception):
     """Something that cannot be done as asked; every rank raises the same sentence."""
 
 
-class Unheard(RuntimeError):
-    """Other ranks do not answer: one of them is gone, or its link is down."""
-
-
 @contextmanager
-def hearing() -> Iterator[None]:
-    """Unheard if this is a failure of what waits for other ranks."""
+def refusing(before: str = "") -> Iterator[None]:
+    """Refused if the runtime raises, which it does alike on all ranks, unless one is lost or a device fails."""
     try:
         yield
-    except RuntimeError as error:
-        raise Unheard(f"hearing all ranks failed: {error}") from error
+    except (LostRank, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"{before}{error}") from error
 
 
 def everyone(mine: object) -> list[Any]:
     """What each rank says here, in the order of ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    said: list[Any] = [None] * dist.get_world_size()
-    with hearing():
-        dist.all_gather_object(said, mine)
-    return said
+    return hear_all(mine, "between steps")
 
 
 def together(work: Callable[[], Result]) -> Result:
