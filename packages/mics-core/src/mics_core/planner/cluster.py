@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from mics_core.errors import ConfigError
+from mics_core.planner import presets
 from mics_core.planner.candidate import System
+from mics_core.planner.this_machine import THIS, this_machine
 
 Made = TypeVar("Made")
 
@@ -61,10 +63,6 @@ class Link:
                 f"Link: bandwidth is {self.bandwidth} and latency {self.latency}, expected bytes a second above 0 and "
                 "seconds from 0 up"
             )
-
-
-USABLE = 0.9
-"""The share of a rank's memory that a cluster counts: torch, NCCL and what an allocator loses take the rest."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,8 @@ class Cluster:
     @classmethod
     def preset(cls, name: str, nodes: int = 1) -> "Cluster":
         """A known kind of nodes, such as "p4d.24xlarge"; "this machine" looks at what this process runs on."""
-        from mics_core.planner import presets  # it reads files with what is defined here
-
-        return presets.find(name).with_nodes(nodes)
+        one = this_machine() if name == THIS else tomllib.loads(presets.read(name, THIS))
+        return _Reader(name).made(cls, one).with_nodes(nodes)
 
     @classmethod
     def parse(cls, text: str) -> "Cluster":

@@ -121,7 +121,7 @@ def _listed() -> str:
     from mics_core.planner.this_machine import THIS
 
     rows: list[tuple[str, ...]] = [("name", "ranks a node", "GB a rank", "TFLOP/s", "GB/s inside", "between nodes")]
-    for known in presets.listed():
+    for known in map(Cluster.preset, presets.NAMES):
         speed = max(known.flops.values())
         numbers = (known.memory, speed / 1e3, known.intra.bandwidth, known.inter.bandwidth)
         rows.append((known.name, str(known.ranks_per_node), *(digits(number / 1e9) for number in numbers)))

@@ -14,8 +14,9 @@ import torch
 from mics_core.comm.groups import Group
 from mics_core.comm.world import World, init, node_name, rank_memory, ranks_per_node
 from mics_core.errors import ConfigError
-from mics_core.planner.cluster import USABLE, Cluster, Link, Table, Transport
+from mics_core.planner.cluster import Cluster, Link, Table, Transport
 from mics_core.planner.progress import Progress
+from mics_core.planner.this_machine import USABLE
 
 EFFICIENCY = 0.55
 """A guess: no probe can know which share of the peak a model's arithmetic reaches."""

@@ -1,20 +1,23 @@
-"""The machine that a process runs on, as a cluster of one node."""
+"""The machine that a process runs on, as a cluster's file would tell it."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from mics_core.comm.world import rank_memory
-from mics_core.planner.cluster import USABLE, Cluster, Link, Transport
 
 THIS = "this machine"
 
+USABLE = 0.9
+"""The share of a rank's memory that a cluster counts: torch, NCCL and what an allocator loses take the rest."""
 
-def this_machine() -> Cluster:
+
+def this_machine() -> dict[str, Any]:
     """What this process runs on, as one node: memory and speed are looked up or measured, links are guessed.
 
     On a machine without GPUs the ranks share its cores and memory. Takes a fraction of a second.
@@ -25,23 +28,23 @@ def this_machine() -> Cluster:
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     share = 1.0 if gpus else min(1.0, cores / ranks)  # what is measured is one core, or one GPU
     if gpus:
-        names, transport = ["bfloat16", "float16", "float32"], Transport.NCCL
-        intra, inter = Link(50e9, 10e-6), Link(10e9, 30e-6)
+        names, transport = ["bfloat16", "float16", "float32"], "nccl"
+        intra, inter = (50e9, 10e-6), (10e9, 30e-6)
     else:
-        names, transport = ["bfloat16", "float32"], Transport.GLOO
-        intra, inter = Link(0.5e9 * share, 0.5e-3), Link(0.1e9, 1e-3)
+        names, transport = ["bfloat16", "float32"], "gloo"
+        intra, inter = (0.5e9 * share, 0.5e-3), (0.1e9, 1e-3)
     guess = "a guess: `mics probe` under torchrun measures links"
-    return Cluster(
-        name=THIS,
-        nodes=1,
-        ranks_per_node=ranks,
-        memory=int(USABLE * rank_memory(device, ranks)),
-        flops={name: share * _product_rate(device, getattr(torch, name)) for name in names},
-        memory_bandwidth=share * _copy_rate(device),
-        intra=intra,
-        inter=inter,
-        efficiency=0.8,
-        sources={
+    return {
+        "name": THIS,
+        "nodes": 1,
+        "ranks_per_node": ranks,
+        "memory": int(USABLE * rank_memory(device, ranks)),
+        "flops": {name: share * _product_rate(device, getattr(torch, name)) for name in names},
+        "memory_bandwidth": share * _copy_rate(device),
+        "intra": dict(zip(("bandwidth", "latency"), intra, strict=True)),
+        "inter": dict(zip(("bandwidth", "latency"), inter, strict=True)),
+        "efficiency": 0.8,
+        "sources": {
             "memory": "looked up, of which a tenth is left to others",
             "flops": "one matrix product, measured",
             "memory_bandwidth": "one copy, measured",
@@ -49,8 +52,8 @@ def this_machine() -> Cluster:
             "inter": guess,
             "efficiency": "a guess: a step has smaller products than the measured one",
         },
-        transport=transport,
-    )
+        "transport": transport,
+    }
 
 
 def _fastest(device: torch.device, work: Callable[[], object]) -> float:
