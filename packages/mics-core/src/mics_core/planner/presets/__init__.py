@@ -13,7 +13,7 @@ NAMES = tuple(sorted(_FILES, key=str.swapcase))  # AWS's instances, which have s
 
 def read(name: str, *others: str) -> str:
     """The file of one node of this kind; `others` are names that are known elsewhere."""
-    if name not in _FILES:
+    if name not in NAMES:
         known = [*NAMES, *others]
         close = get_close_matches(str(name), known, 1, 0.5)
         meant = f", perhaps {close[0]!r}" if close else ""
