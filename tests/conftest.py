@@ -78,8 +78,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is marked `deep`, unless it is asked for; one process of tests has all that need ranks."""
     for item in items:
         # Two pools at once would slow each other down: a collective waits until all of its ranks have had a core.
-        if "pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        # What else a file's tests share is made once.
+        group = "ranks" if "pool" in getattr(item, "fixturenames", ()) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--deep"):
         return
     left_out = [item for item in items if item.get_closest_marker("deep")]

@@ -1,7 +1,7 @@
 """A program: two ranks train and save, and are killed again and again by SIGKILL; prints what became of them as JSON.
 
-    mortal.py FOLDER steps             rank 0 dies at the first thing that its second save asks of the disk, then at the
-                                       second in its next life, and so on, until a life survives all of them
+    mortal.py FOLDER steps EVERY       rank 0 dies at the first thing that its second save asks of the disk, then at the
+                                       next one in its next life, or EVERY later, until a life survives all of them
     mortal.py FOLDER at-once KILLS     both die so many times at any moment
     mortal.py FOLDER behind KILLS      likewise, with saves in the background
 
@@ -75,7 +75,7 @@ def die_at(number: int) -> None:
         setattr(os, name, mortal(getattr(os, name)))
 
 
-def live(rank: int, life: int, folder: Path, how: str, steps: int) -> None:
+def live(rank: int, life: int, folder: Path, how: str, steps: int, every: int) -> None:
     """Train from the latest checkpoint on, as far as one gets."""
     behind = how == "behind"
     torch.manual_seed(rank)
@@ -98,7 +98,7 @@ def live(rank: int, life: int, folder: Path, how: str, steps: int) -> None:
         note(folder / f"losses-{rank}", f"{step} {loss.item().hex()}")
         if (step + 1) % EVERY == 0:
             if how == "steps" and rank == 0 and step == first + 2 * EVERY - 1:
-                die_at(life + 1)
+                die_at(every * life + 1)
             saving = mics.save(runs / f"step-{step + 1}", model, optimizer, step=step + 1, keep=2, background=behind)
             # A save in the background is complete when the next one has begun.
             if step + 1 - EVERY * behind:
@@ -112,13 +112,13 @@ def live(rank: int, life: int, folder: Path, how: str, steps: int) -> None:
     dist.destroy_process_group()
 
 
-def fork(rank: int, life: int, folder: Path, how: str, steps: int) -> int:
+def fork(rank: int, life: int, folder: Path, how: str, steps: int, every: int = 1) -> int:
     process = os.fork()
     if process == 0:
         status = 1
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="lo")
-            live(rank, life, folder, how, steps)
+            live(rank, life, folder, how, steps, every)
             status = 0
         finally:
             os._exit(status)
@@ -185,11 +185,11 @@ def is_lost(folder: Path) -> bool:
     return int(there.removeprefix(".").removesuffix(".replaced").removeprefix("step-")) < last
 
 
-def die_by_steps(folder: Path) -> tuple[int, int]:
+def die_by_steps(folder: Path, every: int) -> tuple[int, int]:
     """Lives that end at one thing after the other; how many there were, and how many lost a checkpoint."""
     lost = 0
     for life in itertools.count():
-        first, second = (fork(rank, life, folder, "steps", STEPS["steps"]) for rank in range(RANKS))
+        first, second = (fork(rank, life, folder, "steps", STEPS["steps"], every) for rank in range(RANKS))
         status = os.waitpid(first, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == SURVIVED:
             os.waitpid(second, 0)
@@ -221,7 +221,7 @@ def main(folder: Path, how: str, kills: int = 0) -> None:
     undisturbed = "behind" if how == "behind" else "at-once"
     calm = [fork(rank, 0, folder / "calm", undisturbed, STEPS[how]) for rank in range(RANKS)]
     fates = [os.waitpid(process, 0)[1] for process in calm]
-    lives, lost = die_by_steps(folder) if how == "steps" else die_by_chance(folder, kills, how)
+    lives, lost = die_by_steps(folder, kills) if how == "steps" else die_by_chance(folder, kills, how)
     processes = [fork(rank, lives + 1, folder, undisturbed, STEPS[how]) for rank in range(RANKS)]
     fates += [os.waitpid(process, 0)[1] for process in processes]
     told = {

@@ -213,7 +213,7 @@ def test_requests_that_cannot_be_met_say_what_to_change() -> None:
 @pytest.mark.parametrize(
     ("name", "cluster", "samples", "tokens"),
     [
-        ("100b", "p4d.24xlarge:64", 8192, 512),
+        pytest.param("100b", "p4d.24xlarge:64", 8192, 512, marks=pytest.mark.deep),
         pytest.param("175b", "p4de.24xlarge:16", 2048, 2048, marks=pytest.mark.deep),
     ],
 )

@@ -44,7 +44,7 @@ def test_gradients_of_whole_numbers_are_those_of_one_process_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", work.MODELS)
-@draws(3, 20)
+@draws(2, 20)
 @given(
     plan=plans(),
     optimizer=st.sampled_from(["mics.AdamW", "AdamW", "SGD"]),

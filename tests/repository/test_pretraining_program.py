@@ -206,8 +206,9 @@ def test_a_rank_that_is_killed_is_named_by_the_others_in_one_sentence(warm: Warm
     "deadly",
     [
         "mics_models.training.news:Exchange.send",
-        "mics_models.pretrain:everyone",  # behind the forwards of an evaluation
-        "mics_core.checkpoint.saving:write",
+        # behind the forwards of an evaluation
+        pytest.param("mics_models.pretrain:everyone", marks=pytest.mark.deep),
+        pytest.param("mics_core.checkpoint.saving:write", marks=pytest.mark.deep),
         pytest.param("mics_core.checkpoint.saving:write in the background", marks=pytest.mark.deep),
     ],
 )
