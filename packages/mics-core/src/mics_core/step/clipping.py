@@ -69,10 +69,11 @@ class Clipping:
 
     def _measure(self, present: Sequence[Unit]) -> torch.Tensor:
         """The norm of the gradients in memory."""
-        sums = torch.zeros(len(present) + 1, 2, device=self._device)
+        wide = torch.float64 if present and present[0].trained.synced.dtype == torch.float64 else torch.float32
+        sums = torch.zeros(len(present) + 1, 2, dtype=wide, device=self._device)
         for row, unit in zip(sums, present, strict=False):
             self._counters.moved("square_sum", unit.trained.synced.nbytes)
-            row[0], row[1] = square_sum(unit.trained.synced)
+            square_sum(unit.trained.synced, row)
         total = self._ladder.total(sums.double().sum(0), self._degree)
         if self._scaling is not None and self._overflow is None:
             self._overflow = total[1].float()
