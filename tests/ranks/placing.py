@@ -33,6 +33,9 @@ def place(world: int, gpus: Sequence[str], *, shared: bool = MAY_SHARE) -> Place
     return Place.GPU if world <= len(gpus) else Place.SHARED
 
 
-def gpu_of(rank: int, gpus: Sequence[str], at: Place) -> str:
-    """The one that this rank sees; none if it is a CPU rank."""
-    return "" if at is Place.CPU else gpus[rank % len(gpus)]
+def gpus_of(world: int, gpus: Sequence[str], at: Place) -> list[str]:
+    """The GPU that each rank sees; none if it is a CPU rank. Where ranks share GPUs, none has one of its own."""
+    if at is Place.CPU:
+        return [""] * world
+    used = gpus if at is Place.GPU else gpus[: world // 2]
+    return [used[rank % len(used)] for rank in range(world)]

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 from unittest.mock import patch
 
-from placing import Place, gpu_of, place
+from placing import Place, gpus_of, place
 from rank_process import Job, Outcome, RankError, die_with_parent, serve
 
 __all__ = ["Pool", "RankError"]
@@ -94,7 +94,7 @@ class Pool:
         self.gpus = gpus
         self.only_cpus = False
         self.used: set[Place] = set()  # since somebody has cleared it
-        self.workers: dict[tuple[Place, int], Worker] = {}
+        self.workers: dict[tuple[str, int], Worker] = {}  # by their GPU, if any, and rank
         self.returned = True  # whether all ranks of the last job did, and will leave their group
         self.numbers = itertools.count()
         self.folder = TemporaryDirectory(prefix="mics-ranks-")
@@ -162,8 +162,9 @@ class Pool:
         names = {name: str(value) for name, value in env.items()}
         at = self.place(world)
         self.used.add(at)
+        keys = list(zip(gpus_of(world, self.gpus, at), range(world), strict=True))
         job = pickle.dumps(Job(world, pickle.dumps((function, args)), timeout, store, names, at))
-        workers = self._ready(world, at)
+        workers = self._ready(keys)
         outcomes: dict[int, Outcome] = {}
         pending: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(workers)}
         deadline = time.monotonic() + timeout
@@ -178,32 +179,29 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + grace)
             outcomes |= {rank: Outcome("hung", text=workers[rank].stack()) for rank in pending.values()}
         finally:  # after Ctrl-C, too, those that are still at work must go
-            for rank in range(world):
+            for rank, key in enumerate(keys):
                 if rank in pending.values() or outcomes[rank].state == "died":
-                    self.workers.pop((at, rank)).close()
-            for rank in outcomes:
-                if (at, rank) in self.workers:
+                    self.workers.pop(key).close()
+                else:
                     with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job
                         workers[rank].pipe.send_bytes(b"release")
         self.returned = all(outcome.state == "returned" for outcome in outcomes.values())
         return [outcomes[rank] for rank in range(world)]
 
-    def _ready(self, world: int, at: Place) -> list[Worker]:
+    def _ready(self, keys: Sequence[tuple[str, int]]) -> list[Worker]:
         """Workers that have left their last job's group; new ones for those that did not manage to."""
         deadline = time.monotonic() + (PATIENCE if self.returned else GRACE)
-        wanted = [(at, rank) for rank in range(world)]
-        for key in wanted:
+        for key in keys:
             if key in self.workers and not self.workers[key].is_ready(max(0.0, deadline - time.monotonic())):
                 self.workers.pop(key).close()
-        new = [key for key in wanted if key not in self.workers]
-        for _, rank in new:  # all of them before the first is waited for
-            stacks = Path(self.folder.name, f"stacks-{next(self.numbers)}")
-            self.workers[at, rank] = Worker(rank, gpu_of(rank, self.gpus, at), stacks)
+        new = [key for key in keys if key not in self.workers]
+        for gpu, rank in new:  # all of them before the first is waited for
+            self.workers[gpu, rank] = Worker(rank, gpu, Path(self.folder.name, f"stacks-{next(self.numbers)}"))
         for key in new:
             if not self.workers[key].is_ready(PATIENCE):
                 self.workers.pop(key).close()
                 raise RankError(f"the process of rank {key[1]} does not start: its output may say why")
-        return [self.workers[key] for key in wanted]
+        return [self.workers[key] for key in keys]
 
 
 def _report(outcomes: list[Outcome], timeout: float) -> str:

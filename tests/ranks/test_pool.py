@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pool_work as work
-from placing import Place, gpu_of, place, visible
+from placing import Place, gpus_of, place, visible
 from pool import PATIENCE, Pool, RankError
 
 pytestmark = pytest.mark.cpu_ranks  # which may die and hang without harm to a GPU
@@ -106,7 +106,10 @@ def test_ranks_have_a_gpu_each_or_are_on_the_cpu() -> None:
     assert [place(world, "") for world in (1, 8)] == [Place.CPU] * 2
     assert [place(world, "01") for world in (1, 2, 3)] == [Place.GPU, Place.GPU, Place.CPU]
     assert [place(world, "01", shared=True) for world in (2, 3)] == [Place.GPU, Place.SHARED]
-    assert [gpu_of(rank, "79", Place.SHARED) for rank in range(4)] == ["7", "9", "7", "9"]
+    assert gpus_of(2, "79", Place.GPU) == ["7", "9"]
+    assert gpus_of(2, "79", Place.CPU) == ["", ""]
+    assert gpus_of(4, "79", Place.SHARED) == ["7", "9", "7", "9"]
+    assert gpus_of(3, "79", Place.SHARED) == ["7"] * 3, "mics.init refuses one rank alone beside two that share"
     assert visible(2, {}) == ["0", "1"]
     assert visible(2, {"CUDA_VISIBLE_DEVICES": "3,GPU-5"}) == ["3", "GPU-5"]
     assert visible(0, {"CUDA_VISIBLE_DEVICES": ""}) == []
