@@ -37,8 +37,10 @@ def run(ranks: int, module: Sequence[str], timeout: float) -> Any:
     """
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launch += ["-m", *module]
-    threads = os.environ | {"OMP_NUM_THREADS": "1"}  # of a rank: they share the cores
-    with subprocess.Popen(launch, cwd=ROOT, env=threads, stdout=subprocess.PIPE, text=True) as running:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of a rank: they share the cores
+    if sys.platform == "linux":  # a machine without a network may know no address of its own name
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(launch, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
         try:
             output, _ = running.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

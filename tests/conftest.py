@@ -1,4 +1,4 @@
-"""What every test needs: a header that says which versions ran, how deep to go, and the marks `gpu` and `deep`."""
+"""What every test needs: a header that says which versions ran, how deep to go, what runs on GPUs, and the marks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from pool import Pool
 
 ROOT = Path(__file__).parents[1]
+POOL: pytest.StashKey[Pool] = pytest.StashKey()
+PLACE = "ranks ran on"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--deep", action="store_true", help="run everything, with more and new draws")
     parser.addoption("--patience", type=float, default=300.0, help="seconds after which ranks count as hung")
+    parser.addoption("--gpus", type=int, help="how many GPUs ranks may compute on; default: all of this machine")
     parser.addoption("--wheels", type=Path, help="test the wheels of this folder; default: build them")
 
 
@@ -51,10 +55,37 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def pool(pytestconfig: pytest.Config) -> Iterator[Pool]:
     """Processes that are ranks: tests that need several share them, and the first one starts them."""
+    import torch
+
+    from placing import visible
     from pool import Pool
 
-    with Pool(patience=pytestconfig.getoption("--patience")) as pool:
+    count = pytestconfig.getoption("--gpus")
+    gpus = visible(torch.cuda.device_count() if count is None else count)
+    with Pool(patience=pytestconfig.getoption("--patience"), gpus=gpus) as pool:
+        pytestconfig.stash[POOL] = pool
         yield pool
+
+
+@pytest.fixture(autouse=True)
+def _ranks_where_a_test_wants_them(request: pytest.FixtureRequest) -> None:
+    if "pool" in request.fixturenames:
+        pool = request.getfixturevalue("pool")
+        pool.only_cpus = request.node.get_closest_marker("cpu_ranks") is not None
+        pool.used.clear()
+
+
+@pytest.fixture(autouse=True)
+def _gpu_for_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU, too, tests in this process and programs that they start compute on the CPU, but in two folders.
+
+    Ranks of the pool have what the pool gives them.
+    """
+    if request.path.parent.name not in ("kernels", "gpu"):
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +125,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Note where ranks ran, for the report that another process may read."""
+    if call.when == "call" and POOL in item.config.stash and "pool" in getattr(item, "fixturenames", ()):
+        pool = item.config.stash[POOL]
+        item.user_properties += [(PLACE, place.called(len(pool.gpus))) for place in pool.used]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests ran ranks on what."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "when")]
+    noted = [note for report in reports if report.when == "call" for note in report.user_properties]
+    found = Counter(said for key, said in noted if key == PLACE)
+    if found:
+        tests = ", ".join(f"{count} tests on {place}" for place, count in sorted(found.items()))
+        terminalreporter.write_line(f"ranks: {tests}")

@@ -170,11 +170,11 @@ def test_what_is_faster_and_slower_is_counted_from_the_record() -> None:
     assert large.startswith("1 cases, 0 faster than the fastest torch idiom for the same work, 1 slower,")
 
 
-def test_the_goals_of_an_h200_hold_on_one_and_at_64_mb() -> None:
+def test_the_goals_of_a_hopper_hold_on_one_and_at_64_mb() -> None:
     bench = Bench(CPU, 0.0, MB)
     slow = partial(outcome_with, speedup=Ratio(1.0, 1.0, 1.0), share=0.5)
     assert not slow(bench, line("adamw", "flat"), 64 * MB).missed
-    bench.h200 = True
+    bench.hopper = True
     assert slow(bench, line("adamw", "flat"), 64 * MB).missed == [
         "0.50 of a copy's bandwidth, not 0.88",
         "1.00x as fast as idiom, not 1.5x",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mics_core as mics
 from mics_core import registry
+from seeded import seeded
 
 ROWS, WIDTH = 24, 6
 PRECISIONS = {
@@ -85,7 +86,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, count:
     losses = []
     for step in range(first, first + count):
         optimizer.param_groups[0]["lr"] *= 0.9
-        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(ROWS, WIDTH, generator=seeded(step))
         rows = x[rank::world]
         loss = (model(rows).float() - rows.roll(1, -1)).square().mean()
         loss.backward()

@@ -9,6 +9,8 @@ import hang_work as work
 from mics_core.checkpoint.at_disk import Task
 from pool import Pool
 
+pytestmark = pytest.mark.cpu_ranks  # what hangs is a disk
+
 
 def test_a_thread_goes_on_as_long_as_its_calls_return() -> None:
     asked, done, end = Event(), Event(), Event()

@@ -52,7 +52,8 @@ class Telling(OnDemand):
 def state() -> dict[str, Tensor]:
     """The weights and buffers that everything here begins with, as others give them: in an order of their own."""
     torch.manual_seed(5)
-    model = Model()
+    with torch.device("cpu"):  # other devices draw other numbers
+        model = Model()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_()

@@ -1,5 +1,7 @@
 """Tensors that differ in any bit, or in the order of their elements, have different fingerprints."""
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,3 +31,11 @@ def test_what_a_view_holds_counts_and_not_how_it_lies_in_memory() -> None:
     matrix = torch.arange(12.0).view(3, 4)
     assert torch.equal(fingerprint(matrix.t()), fingerprint(matrix.t().contiguous()))
     assert not torch.equal(fingerprint(matrix.t()), fingerprint(matrix))
+
+
+@given(size=st.integers(0, 200), part=st.integers(1, 20))
+def test_the_parts_that_it_is_read_in_change_nothing(size: int, part: int) -> None:
+    tensor = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    with patch("mics_core.fingerprint._PART", part):
+        in_parts = fingerprint(tensor)
+    assert torch.equal(in_parts, fingerprint(tensor))

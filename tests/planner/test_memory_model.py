@@ -1,5 +1,6 @@
 """The predicted peak of memory is the one that ranks measure, within 5 %."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import memory_work as work
 from mics_core import Cluster, Precision, Sharding
 from mics_core.planner import Candidate, Link, Memory, Transport, Workload, memory, trace
+from placing import Place
 from pool import Pool
 
 WHOLE, GROUPS, WIDE = Sharding(1, 1, 1), Sharding(2, 2, 2), Sharding(2, 2, 4)
@@ -30,10 +32,12 @@ def traced(kind: str, *, own: bool, precision: Precision) -> Workload:
     return trace(work.build(kind, checkpoint=own), work.batch(1), precision=precision, ranks=4)
 
 
-def predicted(kind: str, sharding: Sharding, *, own: bool, recompute: bool, precision: Precision) -> Memory:
+def predicted(
+    kind: str, sharding: Sharding, *, own: bool, recompute: bool, precision: Precision, cluster: Cluster = CPUS
+) -> Memory:
     """By the model's own checkpointing, or by what the planner supposes of it."""
     candidate = Candidate(sharding, precision, work.ROWS, work.MICRO_STEPS, recompute)
-    return memory(traced(kind, own=own, precision=precision), candidate, CPUS)
+    return memory(traced(kind, own=own, precision=precision), candidate, cluster)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,9 @@ def test_the_peak_of_a_step_is_predicted_within_5_percent(
 ) -> None:
     shardings = [GROUPS if checkpoint else WHOLE, WIDE]
     ranks = pool.run(4, work.peaks, kind, checkpoint, shardings, precision)
+    cluster = replace(CPUS, transport=Transport.NCCL) if pool.place(4) is Place.GPU else CPUS
     for number, sharding in enumerate(shardings):
-        parts = predicted(kind, sharding, own=False, recompute=checkpoint, precision=precision)
+        parts = predicted(kind, sharding, own=False, recompute=checkpoint, precision=precision, cluster=cluster)
         for measured in ranks:
             assert parts.total == pytest.approx(measured[number], rel=0.05), (sharding, parts)
 

@@ -17,6 +17,8 @@ from mics_core.validate import fitting
 from mics_models import gpt
 from pool import Pool
 
+pytestmark = pytest.mark.cpu_ranks  # whose links and memory the tests expect
+
 
 def test_a_quick_probe_writes_a_cluster_that_plan_accepts(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "measured.toml"

@@ -13,6 +13,7 @@ from mics_core.comm.world import World
 from mics_core.spec.sharding import Sharding
 from mics_core.spec.topology import Rungs, Scope, Topology
 from mics_kernels import accumulate
+from seeded import seeded
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,14 @@ class Case:
 
     def ladder(self, sharding: Sharding | None = None) -> tuple[Ladder, Counters]:
         """Of the case's rungs, with groups for another sharding."""
-        counters = Counters(torch.device("cpu"))
+        world = World(None)
+        counters = world.counters()
         rungs = Rungs.of(self.sharding, Topology(self.world, self.per_node))
-        return Ladder(rungs, sharding or self.sharding, World(None), counters), counters
+        return Ladder(rungs, sharding or self.sharding, world, counters), counters
 
     def partial(self, rank: int) -> torch.Tensor:
         """What one rank contributes."""
-        generator = torch.Generator().manual_seed(rank)
+        generator = seeded(rank)
         return torch.randint(-8, 9, (self.size,), generator=generator).to(self.dtype)
 
     def total(self) -> torch.Tensor:

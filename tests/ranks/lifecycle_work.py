@@ -14,6 +14,7 @@ from mics_core.comm.ladder import Route
 from mics_core.comm.lanes import Work
 from mics_core.spec.topology import Scope
 from mics_core.unit.unit import Gradient, ShardedState
+from seeded import seeded
 
 WIDTH = 6
 FIRST, MIDDLE, LAST = range(3)
@@ -125,7 +126,7 @@ class Reference:
 
 
 def batch(number: int, rank: int) -> Tensor:
-    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(100 * number + rank))
+    return torch.randn(4, WIDTH, generator=seeded(100 * number + rank))
 
 
 class Walk:

@@ -309,7 +309,7 @@ class OtherOrder(UnitsUsedLater):
         calls = int(self.calls)
         generator = torch.Generator().manual_seed(calls)  # the same on all ranks
         x = self.first(x)
-        for number in torch.randperm(3, generator=generator).tolist()[: 1 + calls % 3]:
+        for number in torch.randperm(3, generator=generator, device="cpu").tolist()[: 1 + calls % 3]:
             x = self.blocks[number](x)
         return self.last(x)
 

@@ -21,6 +21,7 @@ import model_cases_loops as loops
 import model_cases_parameters as parameters
 from mics_core import registry
 from model_case import ROWS, WIDTH, Block, Case, Chain, distance, make_optimizer
+from seeded import seeded
 
 CASES: dict[str, type[Case]] = {
     case.__doc__.rstrip("."): case
@@ -72,7 +73,7 @@ RUNS = (
 
 def all_batches(case: type[Case], world: int) -> list[list[list[Any]]]:
     """By step, micro-step and rank."""
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return [[[case.batch(generator) for _ in range(world)] for _ in range(MICRO_STEPS)] for _ in range(STEPS)]
 
 
@@ -335,7 +336,7 @@ def not_finite(
     models = [mics.shard(build(Fragile), run.sharding, precision=getattr(mics.Precision, precision)()) for _ in "123"]
     taking, leaving, without = models
     optimizers = [model.optimizer(optimizer) for model in models]
-    batch = Fragile.batch(torch.Generator().manual_seed(dist.get_rank()))
+    batch = Fragile.batch(seeded(dist.get_rank()))
     norm = torch.zeros(())
     for model, trained in zip((taking, leaving), optimizers, strict=False):
         loss = model.loss(batch, 0)
@@ -401,7 +402,7 @@ def chained(model: Case, x: Tensor) -> Tensor:
 def play(generator: Case, judge: Case) -> None:
     """Two models that train each other, as in a GAN; the judge is frozen while the generator learns."""
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in (generator, judge)]
-    random = torch.Generator().manual_seed(3)
+    random = seeded(3)
     for _ in range(3):
         x = torch.randn(ROWS, WIDTH, generator=random)
         (judge(x).square().mean() - judge(generator(x).detach()).mean()).backward()

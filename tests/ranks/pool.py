@@ -15,7 +15,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
 from unittest.mock import patch
 
+from placing import Place, gpus_of, place
 from rank_process import Job, Outcome, RankError, die_with_parent, serve
 
 __all__ = ["Pool", "RankError"]
@@ -36,12 +37,12 @@ GRACE = 2.0  # seconds that the other ranks have once one has failed, and that l
 class Worker:
     """One rank's process, seen from the tests."""
 
-    def __init__(self, rank: int, stacks: Path) -> None:
+    def __init__(self, rank: int, gpu: str, stacks: Path) -> None:
         # A fork of a server that has imported torch takes 10 ms; macOS's frameworks do not survive a fork.
         context = get_context("spawn") if sys.platform == "darwin" else get_context("forkserver")
         self.stacks = stacks
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(rank, theirs, stacks), daemon=True, name=f"rank {rank}")
+        self.process = context.Process(target=serve, args=(rank, gpu, theirs, stacks), daemon=True, name=f"rank {rank}")
         self.process.start()
         theirs.close()
 
@@ -82,17 +83,23 @@ class Worker:
 
 
 class Pool:
-    """Up to `size` workers, started when a job first needs them and again when they had to be killed."""
+    """Up to `size` workers, started when a job first needs them and again when they had to be killed.
 
-    def __init__(self, size: int = 8, patience: float = PATIENCE) -> None:
+    gpus: what ranks may compute on; where they are too few, or `only_cpus` is set, other workers do it on the CPU.
+    """
+
+    def __init__(self, size: int = 8, patience: float = PATIENCE, gpus: Sequence[str] = ()) -> None:
         self.size = size
         self.patience = patience
-        self.workers: dict[int, Worker] = {}
+        self.gpus = gpus
+        self.only_cpus = False
+        self.used: set[Place] = set()  # since somebody has cleared it
+        self.workers: dict[tuple[str, int], Worker] = {}  # by their GPU, if any, and rank
         self.returned = True  # whether all ranks of the last job did, and will leave their group
         self.numbers = itertools.count()
         self.folder = TemporaryDirectory(prefix="mics-ranks-")
         if sys.platform != "darwin":
-            # With threads the server must not fork; and these ranks are CPU ranks, also beside a GPU.
+            # With threads the server must not fork; and each rank says for itself which GPU it sees.
             with patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
                 # tests/kernels sets it in this process, or not, by which tests are collected; ranks are all alike.
                 os.environ.pop("TRITON_INTERPRET", None)
@@ -130,6 +137,10 @@ class Pool:
             error.add_note(f"on rank {rank}:\n{outcome.text}")
         return errors
 
+    def place(self, world: int) -> Place:
+        """Where so many ranks run."""
+        return place(world, () if self.only_cpus else self.gpus)
+
     def close(self) -> None:
         """End every worker; the fork server ends with this process."""
         while self.workers:
@@ -149,8 +160,11 @@ class Pool:
             raise ValueError(f"got {world} ranks, expected 1 to {self.size}")
         store = str(Path(self.folder.name, f"store-{next(self.numbers)}"))
         names = {name: str(value) for name, value in env.items()}
-        job = pickle.dumps(Job(world, pickle.dumps((function, args)), timeout, store, names))
-        workers = self._ready(world)
+        at = self.place(world)
+        self.used.add(at)
+        keys = list(zip(gpus_of(world, self.gpus, at), range(world), strict=True))
+        job = pickle.dumps(Job(world, pickle.dumps((function, args)), timeout, store, names, at))
+        workers = self._ready(keys)
         outcomes: dict[int, Outcome] = {}
         pending: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(workers)}
         deadline = time.monotonic() + timeout
@@ -165,30 +179,29 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + grace)
             outcomes |= {rank: Outcome("hung", text=workers[rank].stack()) for rank in pending.values()}
         finally:  # after Ctrl-C, too, those that are still at work must go
-            for rank in range(world):
+            for rank, key in enumerate(keys):
                 if rank in pending.values() or outcomes[rank].state == "died":
-                    self.workers.pop(rank).close()
-            for rank in self.workers.keys() & outcomes.keys():
-                with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job
-                    workers[rank].pipe.send_bytes(b"release")
+                    self.workers.pop(key).close()
+                else:
+                    with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job
+                        workers[rank].pipe.send_bytes(b"release")
         self.returned = all(outcome.state == "returned" for outcome in outcomes.values())
         return [outcomes[rank] for rank in range(world)]
 
-    def _ready(self, world: int) -> list[Worker]:
+    def _ready(self, keys: Sequence[tuple[str, int]]) -> list[Worker]:
         """Workers that have left their last job's group; new ones for those that did not manage to."""
         deadline = time.monotonic() + (PATIENCE if self.returned else GRACE)
-        used = {rank: worker for rank, worker in self.workers.items() if rank < world}
-        for rank, worker in used.items():
-            if not worker.is_ready(max(0.0, deadline - time.monotonic())):
-                self.workers.pop(rank).close()
-        new = [rank for rank in range(world) if rank not in self.workers]
-        for rank in new:  # all of them before the first is waited for
-            self.workers[rank] = Worker(rank, Path(self.folder.name, f"stacks-{next(self.numbers)}"))
-        for rank in new:
-            if not self.workers[rank].is_ready(PATIENCE):
-                self.workers.pop(rank).close()
-                raise RankError(f"the process of rank {rank} does not start: its output may say why")
-        return [self.workers[rank] for rank in range(world)]
+        for key in keys:
+            if key in self.workers and not self.workers[key].is_ready(max(0.0, deadline - time.monotonic())):
+                self.workers.pop(key).close()
+        new = [key for key in keys if key not in self.workers]
+        for gpu, rank in new:  # all of them before the first is waited for
+            self.workers[gpu, rank] = Worker(rank, gpu, Path(self.folder.name, f"stacks-{next(self.numbers)}"))
+        for key in new:
+            if not self.workers[key].is_ready(PATIENCE):
+                self.workers.pop(key).close()
+                raise RankError(f"the process of rank {key[1]} does not start: its output may say why")
+        return [self.workers[key] for key in keys]
 
 
 def _report(outcomes: list[Outcome], timeout: float) -> str:

@@ -19,6 +19,10 @@ def environment(*names: str) -> list[str | None]:
     return [os.environ.get(name) for name in names]
 
 
+def default_device() -> str:
+    return str(torch.get_default_device())
+
+
 def process() -> int:
     return os.getpid()
 

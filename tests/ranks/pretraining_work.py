@@ -46,7 +46,15 @@ def settings(name: str, degrees: tuple[int, int, int], *, packed: bool = False) 
 
 def train(told: Settings) -> Training:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Training(told, Batches(told, configure(told.model), corpus(), rank, world), torch.device("cpu"))
+    device = where_it_computes()
+    return Training(told, Batches(told, configure(told.model), corpus(), rank, world), device)
+
+
+def where_it_computes() -> torch.device:
+    """This rank's device; from now on it is named, as in the program, whose data are the host's."""
+    device = torch.get_default_device()
+    torch.set_default_device(None)
+    return device
 
 
 def losses(told: Settings) -> list[float]:
@@ -72,9 +80,10 @@ def start(told: Settings) -> dict[str, torch.Tensor]:
 def tell_news() -> tuple[object, ...]:
     """A bad loss on rank 1 in micro-step 2, a bad norm there alone, and a wish to leave on rank 0."""
     rank = dist.get_rank()
-    exchange = Exchange(torch.device("cpu"))
-    losses = torch.tensor([1.0, 2.0, float("nan") if rank == 1 else 3.0])
-    norm = torch.tensor(float("inf") if rank == 1 else 1.0)
+    device = where_it_computes()
+    exchange = Exchange(device)
+    losses = torch.tensor([1.0, 2.0, float("nan") if rank == 1 else 3.0], device=device)
+    norm = torch.tensor(float("inf") if rank == 1 else 1.0, device=device)
     exchange.send(losses, norm, Stop.SIGNAL if rank == 0 else Stop.TIME)
     news = exchange.read()
     assert news is not None

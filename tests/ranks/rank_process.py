@@ -2,6 +2,7 @@
 
 import faulthandler
 import gc
+import io
 import math
 import os
 import pickle
@@ -24,6 +25,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+
+import mics_core as mics
+from placing import Place
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
@@ -51,16 +55,17 @@ class Job:
     timeout: float
     store: str
     env: dict[str, str]
+    place: Place = Place.CPU
     path: list[str] = field(default_factory=lambda: list(sys.path))  # a module is found here as pytest found it
     filters: list[tuple[Any, ...]] = field(default_factory=lambda: list(warnings.filters))  # pytest's, for this test
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What torchrun would set, on nodes of LOCAL_WORLD_SIZE ranks."""
+        """What torchrun would set, on nodes of LOCAL_WORLD_SIZE ranks; a rank sees no GPU but its own."""
         local = int(self.env.get("LOCAL_WORLD_SIZE", self.world))
         ours: dict[str, object] = {
             "RANK": rank,
             "WORLD_SIZE": self.world,
-            "LOCAL_RANK": rank % local,
+            "LOCAL_RANK": rank % local if self.place is Place.CPU else 0,
             "LOCAL_WORLD_SIZE": local,
             "GROUP_RANK": rank // local,
             "MASTER_ADDR": "127.0.0.1",
@@ -68,7 +73,7 @@ class Job:
             "OMP_NUM_THREADS": 1,
         }
         if sys.platform in LOOPBACK:
-            ours["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
+            ours["GLOO_SOCKET_IFNAME"] = ours["NCCL_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
         if sys.platform == "linux":
             ours["TORCH_GLOO_LAZY_INIT"] = 1  # connects on first use: a group of 8 costs 50 ms rather than 105 ms
         return {name: str(value) for name, value in ours.items()} | self.env
@@ -80,6 +85,7 @@ class Job:
         torch.set_num_threads(1)
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
         torch.manual_seed(0)
         random.seed(0)
         if "numpy" in sys.modules:
@@ -88,11 +94,39 @@ class Job:
             # The group waits longer than the pool does, which can say where each rank hangs.
             limit = timedelta(seconds=self.timeout + 60)
             store = dist.FileStore(self.store, self.world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=self.world, timeout=limit)
+            nccl = self.place is Place.GPU and torch.cuda.is_available()
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # as mics.init chooses
+            dist.init_process_group(backend, store=store, rank=rank, world_size=self.world, timeout=limit)
+            if self.place is not Place.CPU:
+                _compute_on(mics.init())
             function, args = pickle.loads(self.work)
-            return Outcome("returned", pickle.dumps(function(*args)))
+            return Outcome("returned", _from_any_device(function(*args)))
         except BaseException as error:  # also pytest.skip, and a SystemExit, which must not end the worker
             return Outcome("raised", _portable(error), traceback.format_exc(), time.monotonic())
+
+
+def _compute_on(device: torch.device) -> None:
+    """Make tensors there if a job names no device, and compute as exactly as on a CPU, and the same in every run."""
+    torch.set_default_device(device)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+class _Pickler(pickle.Pickler):
+    """Brings tensors to the CPU, where the tests are."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cuda":
+            return thing.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def _from_any_device(result: Any) -> bytes:
+    data = io.BytesIO()
+    _Pickler(data).dump(result)
+    return data.getvalue()
 
 
 def _warn_like(filters: list[tuple[Any, ...]]) -> None:
@@ -122,8 +156,9 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
-def serve(rank: int, pipe: Connection, stacks: Path) -> None:
+def serve(rank: int, gpu: str, pipe: Connection, stacks: Path) -> None:
     """A worker's life: ready, job, outcome, release and again; it ends with its pipe."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which no import does
     threading.Thread(target=die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; pytest deals with it
     for stream in sys.stdout, sys.stderr:

@@ -70,6 +70,7 @@ def test_memory_is_a_formula_and_flat_from_the_third_step(pool: Pool, sharding: 
 PLAYED = [Sharding(2, 2, 4), Sharding(1, 1, 2), Sharding(4, 4, 4)]
 
 
+@pytest.mark.cpu_ranks  # a recording is of the CPU, whose tensors it makes
 @pytest.mark.parametrize("sharding", PLAYED, ids=str)
 def test_a_recording_hands_to_lanes_what_ranks_do(pool: Pool, sharding: Sharding) -> None:
     for real, recorded in pool.run(4, work.handed_to_lanes, sharding, LOCAL_WORLD_SIZE=2):

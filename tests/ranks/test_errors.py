@@ -16,6 +16,8 @@ from depth import is_deep
 from mics_core import ConfigError, LifecycleError, LostRank, Sharding
 from pool import Pool
 
+pytestmark = pytest.mark.cpu_ranks  # NCCL ends the process of a rank that waits too long
+
 
 def said(pool: Pool, kind: type[Exception], function: Callable[..., Any], *args: Any, world: int = 2) -> list[str]:
     """The sentence of each rank."""

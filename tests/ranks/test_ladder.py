@@ -43,6 +43,7 @@ def test_several_rungs_at_once_work_in_place(pool: Pool, case: Case) -> None:
         assert all(result.values()), result
 
 
+@pytest.mark.cpu_ranks  # a job that waits holds a lane's thread, but with a stream the host
 def test_units_go_on_inside_nodes_while_another_holds_the_lane_between_them(pool: Pool) -> None:
     case = Case(4, 2, Sharding.ddp().resolve(4), 64)
     assert pool.run(4, work.two_sums_while_the_net_is_busy, case) == [(2, 0, True)] * 4

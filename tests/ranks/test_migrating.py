@@ -11,8 +11,11 @@ import migrating_work as work
 from model_work import CASES
 from pool import Pool
 
-# The search for a learning rate means slices, of which a state dict may warn.
-pytestmark = pytest.mark.filterwarnings("ignore:state_dict. it holds this rank's 1-D slices")
+pytestmark = [
+    pytest.mark.cpu_ranks,  # what they print is compared with one process on the CPU
+    # The search for a learning rate means slices, of which a state dict may warn.
+    pytest.mark.filterwarnings("ignore:state_dict. it holds this rank's 1-D slices"),
+]
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migrating.md").read_text()
 (DIFF,) = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)

@@ -1,8 +1,12 @@
 """Transfers are under way while units compute: each waits for the other, so one after the other they would hang."""
 
+import pytest
+
 import runtime_work as work
 from mics_core import Sharding
 from pool import Pool
+
+pytestmark = pytest.mark.cpu_ranks  # a transfer waits on a thread of its own, which a stream has not
 
 LAST = 5  # of the blocks of runtime_work.meet
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import pool_work as work
+from placing import Place, gpus_of, place, visible
 from pool import PATIENCE, Pool, RankError
+
+pytestmark = pytest.mark.cpu_ranks  # which may die and hang without harm to a GPU
 
 
 def is_alive(pid: int) -> bool:
@@ -97,3 +100,30 @@ def test_no_process_outlives_tests_that_were_killed(tmp_path: Path) -> None:
         assert len(ids) == 2
         tests.kill()
         assert all(map(ends, ids))
+
+
+def test_ranks_have_a_gpu_each_or_are_on_the_cpu() -> None:
+    assert [place(world, "") for world in (1, 8)] == [Place.CPU] * 2
+    assert [place(world, "01") for world in (1, 2, 3)] == [Place.GPU, Place.GPU, Place.CPU]
+    assert [place(world, "01", shared=True) for world in (2, 3)] == [Place.GPU, Place.SHARED]
+    assert gpus_of(2, "79", Place.GPU) == ["7", "9"]
+    assert gpus_of(2, "79", Place.CPU) == ["", ""]
+    assert gpus_of(4, "79", Place.SHARED) == ["7", "9", "7", "9"]
+    assert gpus_of(3, "79", Place.SHARED) == ["7"] * 3, "mics.init refuses one rank alone beside two that share"
+    assert visible(2, {}) == ["0", "1"]
+    assert visible(2, {"CUDA_VISIBLE_DEVICES": "3,GPU-5"}) == ["3", "GPU-5"]
+    assert visible(0, {"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+def test_each_rank_sees_its_own_gpu_alone_and_other_workers_are_cpu_ranks() -> None:
+    """No GPU is needed to see what ranks are told."""
+    names = "RANK", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    with Pool(3, gpus=["7", "9"]) as pool:
+        first = pool.run(2, work.environment, *names)
+        assert first == [["0", "7", "0", "2"], ["1", "9", "0", "2"]]
+        assert pool.run(2, work.default_device) == ["cpu"] * 2
+        more = pool.run(3, work.environment, *names, LOCAL_WORLD_SIZE=1)
+        assert more == [[str(rank), "", "0", "1"] for rank in range(3)]
+        assert pool.used == {Place.GPU, Place.CPU}
+        pool.only_cpus = True
+        assert pool.run(2, work.environment, *names) == [["0", "", "0", "2"], ["1", "", "1", "2"]]

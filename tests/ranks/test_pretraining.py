@@ -12,6 +12,7 @@ from depth import is_deep
 from mics_models.training.batches import Batches, build, configure
 from mics_models.training.news import Stop
 from mics_models.training.schedule import rate
+from placing import Place
 from pool import Pool
 
 RANKS = 4
@@ -50,18 +51,23 @@ def plain(name: str, packed: bool) -> list[float]:
     return found
 
 
+def near(pool: Pool) -> float:
+    """How far losses may be from the CPU's, relatively: a GPU has other products, and an attention of its own."""
+    return 1e-4 if pool.place(RANKS) is Place.CPU else 1e-3
+
+
 @pytest.mark.parametrize(("name", "degrees"), RUNS, ids=str)
 def test_twenty_steps_have_the_losses_of_plain_pytorch(pool: Pool, name: str, degrees: tuple[int, int, int]) -> None:
     expected = plain(name, packed=False)
     assert expected[-1] < expected[0] - 0.3, "the reference learns nothing, so nothing is shown"
     for found in pool.run(RANKS, work.losses, work.settings(name, degrees)):
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found == pytest.approx(expected, rel=near(pool))
 
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("gpt", marks=pytest.mark.deep)])
 def test_packed_documents_have_the_losses_of_plain_pytorch(pool: Pool, name: str) -> None:
     for found in pool.run(RANKS, work.losses, work.settings(name, (2, 2, 4), packed=True)):
-        assert found == pytest.approx(plain(name, packed=True), rel=1e-4)
+        assert found == pytest.approx(plain(name, packed=True), rel=near(pool))
     assert plain(name, packed=True) != plain(name, packed=False)
 
 

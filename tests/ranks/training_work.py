@@ -18,6 +18,7 @@ from mics_core import registry
 from mics_core.comm import lanes
 from mics_core.comm import world as comm
 from mics_core.unit.unit import ShardedState
+from seeded import seeded
 
 STEPS = 5
 WIDTH = 8
@@ -47,7 +48,7 @@ class Product(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(len(widths))
+        generator = seeded(len(widths))
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
         self.shift = nn.Parameter(torch.zeros(widths[0]))
         for parameter in self.parameters():
@@ -62,7 +63,7 @@ class Product(nn.Module):
 
 
 def whole_numbers(shape: tuple[int, ...], *seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(number * 1000**place for place, number in enumerate(seed)))
+    generator = seeded(sum(number * 1000**place for place, number in enumerate(seed)))
     return torch.randint(-2, 3, shape, generator=generator).float()
 
 
@@ -202,7 +203,7 @@ def make_optimizer(name: str, parameters: Any, fused: bool) -> torch.optim.Optim
 
 def loss(model: nn.Module, step: int, number: int, rank: int) -> Tensor:
     seed = 1 + rank + 10 * number + 100 * step
-    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(3, WIDTH, generator=seeded(seed))
     return (model(x).float() - x.roll(1, -1)).square().mean()
 
 

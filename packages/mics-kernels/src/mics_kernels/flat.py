@@ -137,7 +137,7 @@ def _joinable(
     gaps = [size for size, owner in zip(chunks, owners, strict=True) if owner < 0]
     if flat.device.type != "cpu" or max(gaps, default=0) > JOINED_ZEROS or any(t.dtype != flat.dtype for t in tensors):
         return ()
-    zeros = {size: torch.zeros(size, dtype=flat.dtype) for size in gaps}
+    zeros = {size: torch.zeros(size, dtype=flat.dtype, device=flat.device) for size in gaps}
     return tuple((t, None if t >= 0 else zeros[size]) for t, size in zip(owners, chunks, strict=True))
 
 
@@ -196,7 +196,7 @@ def _segments(
         sizes.append(size)
         tensor_of.append(owner)
         extra.append([kind, int(bool(walk)), *(extent for extent, _ in padded), *(stride for _, stride in padded)])
-    columns = torch.tensor(extra, dtype=torch.int64).view(len(extra), 2 + 2 * rank)
+    columns = torch.tensor(extra, dtype=torch.int64, device="cpu").view(len(extra), 2 + 2 * rank)
     return Segments.build(offsets, sizes, flat.device, columns), tuple(tensor_of), tuple(kinds), rank
 
 

@@ -62,7 +62,7 @@ def _scramble_reference(x: torch.Tensor) -> torch.Tensor:
 
 def key_reference(seed: int, step: int) -> int:
     """The key that kernels derive from the seed and the step."""
-    seed_tensor = torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64)
+    seed_tensor = torch.tensor(seed & 0xFFFFFFFF, dtype=torch.int64, device="cpu")
     return int(_scramble_reference(_scramble_reference(seed_tensor) ^ step))
 
 

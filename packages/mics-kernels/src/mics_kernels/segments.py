@@ -68,11 +68,12 @@ class Segments:
                     f"where the one before it ends: pass segments in ascending order, without overlap"
                 )
             end = offset + size
-        size_column = torch.tensor(sizes, dtype=torch.int64)
+        size_column = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         blocks = (size_column + BLOCK - 1) // BLOCK
-        columns = torch.stack([torch.tensor(offsets, dtype=torch.int64), size_column, blocks.cumsum(0) - blocks], 1)
+        offset_column = torch.tensor(offsets, dtype=torch.int64, device="cpu")
+        columns = torch.stack([offset_column, size_column, blocks.cumsum(0) - blocks], 1)
         rows = columns if extra is None else torch.cat([columns, extra], 1)
-        owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
+        owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), blocks)
         return cls(tuple(offsets), tuple(sizes), rows.to(device), owners.to(device))
 
     @property

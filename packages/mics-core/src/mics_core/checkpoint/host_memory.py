@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from weakref import WeakKeyDictionary
+from mmap import mmap
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 
@@ -25,7 +27,8 @@ def copies(runtime: Runtime, parts: Sequence[torch.Tensor]) -> list[torch.Tensor
     memory = _held.get(runtime)
     if memory is None or memory.numel() < begins[-1]:
         _held.pop(runtime, None)  # before the larger one is taken
-        memory = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=runtime.world.device.type == "cuda")
+        pinned = runtime.world.device.type == "cuda" and begins[-1]
+        memory = _pinned(begins[-1]) if pinned else torch.empty(begins[-1], dtype=torch.uint8, device="cpu")
         _held[runtime] = memory
     found = []
     for part, begin in zip(parts, begins[:-1], strict=True):
@@ -34,3 +37,12 @@ def copies(runtime: Runtime, parts: Sequence[torch.Tensor]) -> list[torch.Tensor
     if runtime.world.device.type == "cuda":
         torch.cuda.current_stream(runtime.world.device).synchronize()
     return found
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """So many bytes on pages of their own, to which a GPU copies directly. torch's pinned memory is a power of two."""
+    memory = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), size, 1))  # 1: for all devices of this process
+    finalize(memory, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False  # CUDA is gone by then
+    return memory

@@ -53,7 +53,8 @@ class _Run:
             if len(self.tensors) > 8:
                 self.tensors.clear()  # learning rates that differ and change
             device = self.segments.rows.device
-            column = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
+            pinned = device.type == "cuda"
+            column = torch.tensor(numbers, dtype=torch.float32, device="cpu", pin_memory=pinned)
             self.tensors[numbers] = column.to(device, non_blocking=True)
         return self.tensors[numbers]
 
@@ -180,7 +181,7 @@ class AdamW(torch.optim.Optimizer):
             for index, (begin, end) in enumerate(unit.trained.spans):
                 if state.groups[index] is not None and state.steps[index]:
                     self.state[unit.trained.parameters[index]] = {
-                        "step": torch.tensor(state.steps[index] - skipped[index]),
+                        "step": torch.tensor(state.steps[index] - skipped[index], device="cpu"),
                         "exp_avg": state.exp_avg[begin:end],
                         "exp_avg_sq": state.exp_avg_sq[begin:end],
                     }

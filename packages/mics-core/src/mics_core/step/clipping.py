@@ -64,10 +64,11 @@ class Clipping:
 
     def _measure(self, present: Sequence[Unit]) -> torch.Tensor:
         """The norm of the gradients in memory."""
-        sums = torch.zeros(len(present) + 1, 2, device=self._device)
+        wide = torch.float64 if present and present[0].trained.grad_mean.dtype == torch.float64 else torch.float32
+        sums = torch.zeros(len(present) + 1, 2, dtype=wide, device=self._device)
         for row, unit in zip(sums, present, strict=False):
             self._counters.moved("square_sum", unit.trained.grad_mean.nbytes)
-            row[0], row[1] = square_sum(unit.trained.grad_mean)
+            square_sum(unit.trained.grad_mean, row)
         total = self._ladder.total(sums.double().sum(0), self._degree)
         if self._scaling is not None and self.overflow is None:
             self.overflow = total[1].float()

@@ -20,7 +20,8 @@ class LossScaling:
         self._numbers = torch.tensor([rule.initial, 0.0], device=device)
         self.scale, self._good = self._numbers.unbind()  # `good` are the steps since the scale last changed
         self.entered = False  # whether a backward has begun at what `enlarge` returned
-        self._heard = torch.full((2,), torch.inf, pin_memory=device.type == "cuda")  # the numbers, maybe of a step ago
+        pinned = device.type == "cuda"
+        self._heard = torch.full((2,), torch.inf, device="cpu", pin_memory=pinned)  # the numbers, maybe of a step ago
         self._told = False
 
     def enlarge(self, outputs: Any) -> Any:
