@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from mics_core.comm.world import rank_memory
+from mics_core.comm.placement import rank_memory
 from mics_core.planner.cluster import USABLE, Cluster, Link, Transport
 
 THIS = "this machine"
