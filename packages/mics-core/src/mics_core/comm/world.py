@@ -127,6 +127,13 @@ class World:
                 f"shard: the group has the ranks {list(self.ranks)}, expected them in ascending order by this version "
                 "of torch, which sorts those of groups within it: list them so, or use a later one"
             )
+        bound = None if self._single else dist.distributed_c10d._get_default_group().bound_device_id
+        if bound is not None and 1 < self.size < dist.get_world_size():
+            raise ConfigError(
+                f"shard: the group has {self.size} of {dist.get_world_size()} ranks, and the default process group is "
+                f"bound to {bound}, with which torch makes each group on all ranks: leave device_id out of "
+                "init_process_group, as mics.init does"
+            )
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self.streams: Any = torch.cuda if self.device.type == "cuda" else None
         """Where the computation's stream is asked for; None if there are no streams."""
