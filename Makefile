@@ -101,10 +101,10 @@ bench-report: setup ## Renew the measured tables of README and docs from the res
 	@$(PY) -m bench.report $(ARGS)
 
 # A rented GPU machine often has torch and no network: whatever PYTHON already has is used as it is.
-gpu-check: ## Run the GPU tests and benchmarks, without a set-up where PYTHON has all they need: ten minutes.
+gpu-check: ## Check and measure this machine's GPUs, on PYTHON as it is where that has all: nine minutes; PART=2, or all.
 	@if $(GPU_PYTHON) -c 'import einops, hypothesis, pytest, pytest_benchmark, safetensors, torch, triton' 2>/dev/null; \
 	then py=$(GPU_PYTHON); else tools/setup.sh && py=$(PY) || exit 1; fi; \
-	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(ARGS)
+	PYTHONPATH=$(SOURCES):$(CURDIR) $$py -m bench.gpu_check $(addprefix --part ,$(PART)) $(ARGS)
 
 # Four CPU ranks stand for two nodes of two, so that partition groups of two and both hops have something to do.
 GPUS = $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)

@@ -13,14 +13,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import mics_core as mics
 from bench import ranks, record
 from bench.harness import Ratio, Samples
 from bench.training_work import MODELS, Job, variants
+from mics_core.planner import Candidate, memory, trace
+from mics_models import BERT, GPT, GPTConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """How far losses may differ."""
@@ -64,7 +68,7 @@ def judged(found: Mapping[str, Found], job: Job, model: str, peak: float, count:
         raise AssertionError(f"training: the variants disagree on the loss of {model}, so no time counts: {told}")
     samples = Samples({name: each["seconds"] for name, each in found.items()})
     rows = {}
-    for name, peer in variants(count).items():
+    for name, peer in variants(count, apart=job.apart).items():
         spread = samples.spread(name)
         speed = count * job.micro_steps * job.tokens / spread.median
         rows[name] = {
@@ -72,14 +76,33 @@ def judged(found: Mapping[str, Found], job: Job, model: str, peak: float, count:
             "tokens_per_s": speed,
             "mfu": speed * MODELS[model].flops_per_token(job.shape(model)[-1]) / (count * peak),
             "memory": found[name]["memory"],
+            "predicted": predicted(job, model, count, name),
             "peer": peer,
             "times_as_fast": samples.ratio(peer, name) if peer else None,
         }
     return rows
 
 
+def predicted(job: Job, model: str, count: int, variant: str) -> int | None:
+    """What the planner takes for the peak of one of ours."""
+    if not variant.startswith("mics "):
+        return None
+    _, degrees, *_ = variant.split()
+    config = MODELS[model]
+    with torch.device("meta"):
+        whole = GPT(config) if isinstance(config, GPTConfig) else BERT(replace(config, next_sentence=False))
+    micro_steps, samples, seq = job.shape(model)
+    tokens = torch.zeros(1, seq, dtype=torch.long)
+    precision = mics.Precision.bf16() if job.precision == "bf16" else mics.Precision.fp32()
+    workload = trace(whole, {"tokens": tokens, "targets": tokens}, precision=precision, ranks=count)
+    sharding = mics.Sharding(*map(int, degrees.split(",")))
+    candidate = Candidate(sharding, precision, samples, micro_steps, job.checkpoint_blocks)
+    return memory(workload, candidate, replace(mics.Cluster.preset("this machine"), ranks_per_node=count)).total
+
+
 def training_table(rows: Sequence[Found]) -> str:
     """As Markdown, from a record."""
+    planned = any(each.get("predicted") for row in rows for each in row["variants"].values())
     header = [
         "",
         "ranks",
@@ -89,6 +112,7 @@ def training_table(rows: Sequence[Found]) -> str:
         "tokens/s",
         "MFU",
         "peak memory, MB",
+        *(["as planned"] if planned else []),
         "times as fast as",
     ]
     texts = []
@@ -105,6 +129,7 @@ def training_table(rows: Sequence[Found]) -> str:
                     f"{each['tokens_per_s']:,.0f}",
                     f"{each['mfu']:.1%}",
                     "" if each["memory"] is None else f"{each['memory'] / 1e6:,.0f}",
+                    *([f"{each['predicted'] / 1e6:,.0f}" if each.get("predicted") else ""] if planned else []),
                     f"{Ratio(**ratio).told(3)} {each['peer']}" if ratio else "",
                 ]
             )
@@ -127,6 +152,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192 if gpus else 256, help="of a micro-step, on each rank")
     parser.add_argument("--seq", type=int, default=2048 if gpus else 128, help="at most; a model's context is less")
     parser.add_argument("--checkpoint-blocks", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="one runtime at a time, where not all fit; FSDP2 on one")
+    parser.add_argument("--compile", default="", metavar="BACKEND", help="compile each block, as by inductor")
+    parser.add_argument("--name", default="training", help="of the record")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, for each model and number of ranks")
     parser.add_argument("--commit", default="", help="the commit, where the tree was copied without its history")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
@@ -139,6 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = ["python", "-m", "bench.training", *(sys.argv[1:] if arguments is None else arguments)]
     content = record.stamp(words, device, options.commit)
+    content |= {"precision": options.precision, "micro_steps": options.micro_steps, "tokens": options.tokens}
+    content |= {"compiled": options.compile, "apart": options.apart}
+    path = options.out / record.folder(device) / f"{options.name}.json"
     rows: list[Found] = []
     for count in options.ranks:
         models = tuple(options.models or defaults(count))
@@ -151,16 +182,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.precision,
             options.checkpoint_blocks,
             options.seconds,
+            options.apart,
+            options.compile,
         )
         found, told = run(job, count)
         rows += found
-        content |= told
+        content |= told | {"rows": rows}
+        record.save(path, content)  # now: later ones may be killed
     print(training_table(record.plain(rows)))
     print(f"\n{training_note(content)}")
     for what, reason in content["left_out"].items():
         print(f"left out: {what}: {reason}", file=sys.stderr)
-    content |= {"precision": options.precision, "micro_steps": options.micro_steps, "tokens": options.tokens}
-    print(f"saved {record.save(options.out / record.folder(device) / 'training.json', content | {'rows': rows})}")
+    print(f"saved {path}")
     return 0
 
 

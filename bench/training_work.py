@@ -34,6 +34,9 @@ MASKED = 0.15  # of a BERT's tokens
 FEWEST, MOST = 5, 100
 """Rounds."""
 
+PASSES = 2
+"""How often each runtime is made, where only one has room."""
+
 IN_A_ROW = 2
 """Steps between two looks at the clock: what a step leaves to the next one can hide behind it."""
 
@@ -49,6 +52,8 @@ class Job:
     precision: str
     checkpoint_blocks: bool
     seconds: float  # of measuring, for each model
+    apart: bool = False  # one runtime at a time, made anew for each of its turns, as where all do not fit at once
+    compiled: str = ""  # the backend of torch.compile, for each block; "" compiles nothing
 
     def shape(self, model: str) -> tuple[int, int, int]:
         """Micro-steps, samples of one, tokens of a sample."""
@@ -66,12 +71,15 @@ class Job:
         return cls(**told | {"models": tuple(told["models"])})
 
 
-def variants(ranks: int) -> dict[str, str]:
+def variants(ranks: int, *, apart: bool = False) -> dict[str, str]:
     """The runtimes for so many ranks, and for each of ours the peer that it is compared with."""
     if ranks == 1:
-        return {"plain PyTorch": "", "mics 1,1,1": "plain PyTorch"}
+        more = {"FSDP2 full": ""} if apart else {}
+        return {"plain PyTorch": "", **more, "mics 1,1,1": "plain PyTorch"}
     ours = {f"mics 1,1,{ranks}": "DDP", "mics 1,1,1": "DDP", f"mics {ranks},{ranks},{ranks}": "FSDP2 full"}
-    return {"DDP": "", "FSDP2 full": "", **ours}
+    half = ranks // 2
+    hybrid = {f"HSDP {half}": "", f"mics {half},{half},{half}": f"HSDP {half}"} if apart and ranks % 4 == 0 else {}
+    return {"DDP": "", "FSDP2 full": "", **ours, **hybrid}
 
 
 class Loss(nn.Module):
@@ -150,26 +158,57 @@ def measure(name: str, job: Job, device: torch.device) -> dict[str, Any]:
     """Seconds, losses and memory of every runtime."""
     config = replace(MODELS[name], checkpoint_blocks=job.checkpoint_blocks)
     batches = micro_batches(config, job.shape(name), dist.get_rank(), device)
-    names, terms = list(variants(dist.get_world_size())), Terms(device, job.precision)
+    names, terms = list(variants(dist.get_world_size(), apart=job.apart)), Terms(device, job.precision)
+    small = replace(config, layers=1, width=32 * config.heads)
     for variant in names:  # what a runtime loads and keeps once, whatever the model, is no model's memory
-        runtime(variant, lambda: Loss(replace(config, layers=1, width=32 * config.heads)), terms).accumulate(
-            batches[:1]
-        )
-    made: dict[str, Runtime] = {}
+        runtime(variant, lambda: _made(small, job), terms).accumulate(batches[:1])
     found: dict[str, dict[str, Any]] = {}
-    round_seconds = 0.0
-    for variant in names:
+    made: dict[str, Runtime] = {}
+
+    def make(variant: str) -> float:
         before = peak_memory.held(device)
-        made[variant] = runtime(variant, lambda: Loss(config), terms)
+        made[variant] = runtime(variant, lambda: _made(config, job), terms)
         seconds, losses, highest = warm_up(made[variant], batches, device)
         most = torch.tensor(0 if highest is None else highest - before)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        found[variant] = {"seconds": [], "losses": losses, "memory": None if highest is None else int(most.item())}
-        round_seconds += IN_A_ROW * seconds
-    for number in range(max(FEWEST, min(MOST, round(job.seconds / round_seconds)))):
+        memory = None if highest is None else int(most.item())
+        found.setdefault(variant, {"seconds": [], "losses": losses, "memory": memory})
+        return IN_A_ROW * seconds
+
+    def take_turns(chosen: Sequence[str], rounds: int) -> None:
+        for number in range(rounds):
+            for variant in order(chosen, number):
+                found[variant]["seconds"].append(turn(made[variant], batches, device)[0])
+
+    if not job.apart:
+        take_turns(names, _rounds(job.seconds, sum(make(variant) for variant in names)))
+        return found
+    rounds = 0
+    for number in range(PASSES):
         for variant in order(names, number):
-            found[variant]["seconds"].append(turn(made[variant], batches, device)[0])
+            seconds = make(variant)
+            rounds = rounds or _rounds(job.seconds / len(names) / PASSES, seconds)
+            take_turns([variant], rounds)
+            del made[variant]
+            peak_memory.held(device)  # collects what is gone
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return found
+
+
+def _made(config: GPTConfig | BERTConfig, job: Job) -> Loss:
+    model = Loss(config)
+    if job.compiled:
+        for block in model.blocks:
+            block.compile(backend=job.compiled)
+    return model
+
+
+def _rounds(seconds: float, each: float) -> int:
+    """The same on all ranks, whose clocks differ by a little."""
+    rounds = torch.tensor(max(FEWEST, min(MOST, round(seconds / each))))
+    dist.broadcast(rounds, 0)
+    return int(rounds.item())
 
 
 def main(words: Sequence[str]) -> None:

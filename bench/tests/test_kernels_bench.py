@@ -9,12 +9,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-import bench.gpu_check as gpu_check
 import bench.kernel_bench as kernel_bench
 import bench.kernels as kernels
 from bench.harness import Ratio, Spread, Variant
@@ -235,95 +233,6 @@ def test_nothing_more_is_asked_of_a_gpu_that_failed(gpu_bench: Bench, monkeypatc
     assert len(reported) == 1
     assert "illegal address" in reported[0].error
     assert dropped == ["pack test 1 MB"]
-
-
-def checked(
-    tmp_path: Path, tests: str | None, chosen: list[Case], seconds: float = 1200.0
-) -> tuple[bool, dict[str, Any]]:
-    path = tmp_path / "out" / "gpu-check.json"
-    folder = None
-    if tests is not None:
-        folder = tmp_path / "tests"
-        folder.mkdir(exist_ok=True)
-        (folder / "test_it.py").write_text(tests)
-    record: dict[str, Any] = {"command": "it"}
-    bench = partial(Bench, CPU, 0.0, MB)
-    right = gpu_check.check(bench, path, record, tests=[folder], chosen=chosen, seconds=seconds)
-    return right, json.loads(path.read_text())
-
-
-TESTS = """
-import os, pytest
-def test_compiled(): assert "TRITON_INTERPRET" not in os.environ
-@pytest.mark.skip
-def test_skipped(): pass
-@pytest.mark.parametrize("what", ["a name", "b"])
-def test_wrong(what): assert what == "b", "this is wrong"
-"""
-
-
-def test_a_check_that_fails_a_test_still_measures_and_writes_everything(tmp_path: Path) -> None:
-    right, record = checked(tmp_path, TESTS, [Case(three(3.0), KB), Case(three(4.0), KB)])
-    assert not right
-    assert record["tests"]["status"] == "failed"
-    assert record["tests"]["counts"] == {"PASSED": 2, "SKIPPED": 1, "FAILED": 1}
-    assert "this is wrong" in record["tests"]["failures"]
-    assert [bool(case["error"]) for case in record["cases"]] == [False, True]
-    assert "in check" in record["cases"][1]["error"]  # where it went wrong
-    assert record["finished"]
-    assert record["dropped"] == []
-    assert record["command"] == "it"
-
-
-def test_a_check_is_right_if_the_tests_pass_and_the_results_are_equal(tmp_path: Path) -> None:
-    right, record = checked(tmp_path, "def test_it(): pass", [Case(three(3.0), KB)])
-    assert right
-    assert record["tests"]["counts"] == {"PASSED": 1}
-    assert not checked(tmp_path, None, [Case(three(4.0), KB)])[0]
-
-
-def test_a_check_keeps_to_its_time_and_says_what_it_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hanging = "import time\ndef test_first(): pass\ndef test_hangs(): time.sleep(1000)\n"
-    for seconds in (2, 20, 200):  # until the first test has passed before its time is over
-        right, record = checked(tmp_path, hanging, [Case(three(3.0), KB)], seconds=seconds)
-        if record["tests"]["counts"]:
-            break
-    assert not right
-    assert record["tests"]["status"] == "out of time"
-    assert record["tests"]["counts"] == {"PASSED": 1}
-    checked(tmp_path / "late", None, [Case(three(3.0), KB)], seconds=0.0)
-    assert "not measured: pack test 1 KB" in capsys.readouterr().out
-
-
-def test_a_killed_check_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Bench.run
-
-    def second_is_the_last(bench: Bench, case: Case) -> Outcome:
-        if case.size == MB:
-            raise KeyboardInterrupt
-        return run(bench, case)
-
-    monkeypatch.setattr(Bench, "run", second_is_the_last)
-    with pytest.raises(KeyboardInterrupt):
-        checked(tmp_path, None, [Case(three(3.0), size) for size in (KB, MB)])
-    record = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
-    assert [case["size"] for case in record["cases"]] == [KB]
-    assert record["dropped"] == ["pack test 1 MB"]
-    assert not record["finished"]
-
-
-def test_counts_are_read_from_one_process_and_from_several() -> None:
-    one = "tests/a.py::test_x[a b] PASSED    [  5%]\ntests/a.py::test_y FAILED [100%]\nFAILED tests/a.py::test_y - no\n"
-    several = "[gw0] [  5%] PASSED tests/a.py::test_x[a b]\n[gw1] [100%] FAILED tests/a.py::test_y \n"
-    assert gpu_check.counts(one) == gpu_check.counts(several) == {"PASSED": 1, "FAILED": 1}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_a_check_says_so_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_op_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def start(
     def rank_of(rank: int) -> str:
         client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
         try:
-            mine = meet(client, rank, world, (trouble or {}).get(rank, ""), timedelta(seconds=seconds))
+            mine = meet(client, rank, world, (trouble or {}).get(rank, ""), timedelta(seconds=seconds)).store
         except (ConfigError, LostRank) as error:
             return str(error)
         if rank == 0:
@@ -52,3 +52,24 @@ def test_ranks_meet_after_a_start_in_which_one_did_not_come(store: dist.TCPStore
 def test_the_trouble_of_one_rank_is_raised_by_all(store: dist.TCPStore) -> None:
     assert start(store, range(3), 3, {2: "init: no room", 1: "init: no luck"}) == ["init: no luck"] * 3
     assert start(store, range(3), 3) == ["new"] * 3
+
+
+def placed(server: dist.TCPStore, places: Sequence[str]) -> list[bool | str]:
+    """Whether each rank hears that ranks share GPUs; or its error."""
+
+    def rank_of(rank: int) -> bool | str:
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        try:
+            return meet(client, rank, len(places), "", timedelta(seconds=60), places[rank]).shared
+        except ConfigError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(places)) as threads:
+        return list(threads.map(rank_of, range(len(places))))
+
+
+def test_all_ranks_hear_alike_whether_they_share_gpus(store: dist.TCPStore) -> None:
+    assert placed(store, ["a, GPU 0", "a, GPU 1"]) == [False, False]
+    assert placed(store, ["a, GPU 0", "a, GPU 0"]) == [True, True]
+    (said,) = set(placed(store, ["a, GPU 0", "a, GPU 0", "a, GPU 1"]))
+    assert str(said).startswith("ranks 0 and 1 share a GPU (a, GPU 0), and rank 2 has one of its own (a, GPU 1): ")

@@ -123,3 +123,29 @@ def test_a_step_that_clips_leaves_gradients_as_they_were() -> None:
     assert all(
         torch.equal(p.grad, old) for p, old in zip(model.parameters(), before, strict=True) if p.grad is not None
     )
+
+
+@pytest.mark.parametrize("precision", [mics.Precision.bf16(), mics.Precision.fp16()], ids=["bf16", "fp16"])
+def test_a_default_device_of_the_users_changes_nothing(precision: mics.Precision) -> None:
+    """`torch.set_default_device("cuda")` is common; the one here makes tensors without numbers."""
+    batches = list(torch.linspace(-1, 1, 36).view(2, 3, 6))
+
+    def trained(default: str) -> list[Tensor]:
+        _, model = pair()
+        with torch.device(default):
+            mics.shard(model, mics.Sharding.ddp(), precision=precision)
+            groups = [{"params": [p], "lr": 10.0**-number} for number, p in enumerate(model.parameters(), 1)]
+            optimizer = mics.AdamW(groups)
+            for _ in range(2):
+                for batch in mics.accumulate(model, batches):
+                    model(batch).square().mean().backward()
+                mics.clip_grad_norm_(model, 1.0)
+                optimizer.step()
+                assert optimizer.state_dict()["state"][0]["step"].item() > 0
+                optimizer.zero_grad()
+            mics.check_replicas(model)
+            with mics.full_params(model):
+                return [parameter.detach().clone() for parameter in model.parameters()]
+
+    for found, expected in zip(trained("meta"), trained("cpu"), strict=True):
+        assert torch.equal(found, expected)

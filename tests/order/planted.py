@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mics_core.comm.ladder import Ladder, Route, Transfer
 from mics_core.comm.lanes import DONE, StreamLane, Work, _do, _StreamWork
+from mics_core.comm.questions import Answers
 from mics_core.comm.recorded import RecordedStream
-from mics_core.comm.world import Answers
 from mics_core.lifecycle import Lifecycle
 from mics_core.unit.gather import Gatherer
 from mics_core.unit.reduce import Reducer, _Ring

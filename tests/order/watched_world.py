@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mics_core.comm.counters import Counters
 from mics_core.comm.groups import Group, Membership
+from mics_core.comm.questions import Answers
 from mics_core.comm.recorded import RecordedGroup, RecordedWorld
-from mics_core.comm.world import Answers
 from recording import Recording
 
 

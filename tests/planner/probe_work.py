@@ -9,7 +9,7 @@ from torch import nn
 
 import mics_core as mics
 from mics_core import cli, registry
-from mics_core.comm import world
+from mics_core.comm import placement
 from mics_core.planner.probe import probe
 
 
@@ -37,12 +37,12 @@ class Model(nn.Module):
 
 def auto(memory: list[int]) -> mics.Sharding:
     """The sharding that "auto" takes if ranks have so many bytes."""
-    looked_up = world.rank_memory
-    world.rank_memory = lambda *_: memory[dist.get_rank()]
+    looked_up = placement.rank_memory
+    placement.rank_memory = lambda *_: memory[dist.get_rank()]
     try:
         model = mics.shard(Model(), "auto", ranks_per_node=2)
     finally:
-        world.rank_memory = looked_up
+        placement.rank_memory = looked_up
     model(torch.ones(2, 64)).backward()
     return registry.runtime_of(model, "test").sharding
 

@@ -1,11 +1,8 @@
-"""Where the ranks of a job run: each on a GPU of its own, over NCCL, where there are as many; else on the CPU."""
+"""Where the ranks of a job run: each on a GPU of its own, over NCCL, where there are as many; else they share them."""
 
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
-
-MAY_SHARE = False
-"""Whether ranks may share a GPU where they outnumber the GPUs; for that `mics.init` must allow it."""
 
 
 class Place(Enum):
@@ -26,9 +23,9 @@ def visible(count: int, environment: Mapping[str, str] = os.environ) -> list[str
     return names[:count] if names != [""] else [str(number) for number in range(count)]
 
 
-def place(world: int, gpus: Sequence[str], *, shared: bool = MAY_SHARE) -> Place:
+def place(world: int, gpus: Sequence[str]) -> Place:
     """Where a job of so many ranks runs."""
-    if not gpus or (world > len(gpus) and not shared):
+    if not gpus:
         return Place.CPU
     return Place.GPU if world <= len(gpus) else Place.SHARED
 

@@ -54,6 +54,16 @@ def train_beside_other_groups() -> bool:
     return True
 
 
+def train_in_pairs_of_a_bound_world() -> None:
+    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    default = dist.distributed_c10d._get_default_group()
+    default.bound_device_id = torch.device("cuda", 0)
+    try:
+        mics.shard(torch.nn.Linear(4, 4), mics.Sharding.ddp(), group=pairs[dist.get_rank() // 2])
+    finally:
+        default.bound_device_id = None
+
+
 def train_where_groups_are_sorted(order: list[int]) -> bool:
     """As with torch 2.11, which sorts the ranks of every group."""
     group = dist.new_group(order, **comm._AS_LISTED)
@@ -96,6 +106,12 @@ def test_a_torch_that_sorts_groups_trains_and_takes_no_group_in_another_order(po
     for error in pool.errors(4, train_where_groups_are_sorted, [1, 0, 2, 3]):
         assert isinstance(error, mics.ConfigError)
         assert "expected them in ascending order by this version of torch" in str(error)
+
+
+def test_a_group_of_some_ranks_is_refused_where_torch_makes_groups_on_all(pool: Pool) -> None:
+    for error in pool.errors(4, train_in_pairs_of_a_bound_world):
+        assert isinstance(error, mics.ConfigError)
+        assert "the group has 2 of 4 ranks, and the default process group is bound to cuda:0" in str(error)
 
 
 def test_ranks_that_are_in_different_numbers_of_groups(pool: Pool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from mics_core.comm import world as comm
+from mics_core.comm import placement
 from mics_core.comm.agreed import on_all_ranks
 from mics_core.comm.world import World
 from mics_core.errors import ConfigError
@@ -56,9 +56,9 @@ def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSp
         units.extend(_checked_units(model, request))
         resolved = request.sharding if request.sharding == "auto" else request.sharding.resolve(world.size)
         compared = {name: value for name, value in vars(request).items() if name != "units"} | {"sharding": resolved}
-        memory = comm.rank_memory(world.device, 1) if request.sharding == "auto" else 0
+        memory = placement.rank_memory(world.device, 1) if request.sharding == "auto" else 0
         digest = hashlib.sha256(repr(_describe(units)).encode()).hexdigest()
-        return _Said(compared, digest, comm.node_name(), memory)
+        return _Said(compared, digest, placement.node_name(), memory)
 
     said = on_all_ranks(world, "shard", mine)
     _check_alike([each.request for each in said], world.ranks)
@@ -67,9 +67,9 @@ def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSp
     nodes = [each.node for each in said]
     per_node = request.ranks_per_node
     if per_node is None:
-        per_node = comm.ranks_per_node(nodes, whole_world=world.whole)
+        per_node = placement.ranks_per_node(nodes, whole_world=world.whole)
     topology = Topology(world.size, per_node)
-    comm.check_placement(nodes, min(per_node, world.size), world.ranks)
+    placement.check_placement(nodes, min(per_node, world.size), world.ranks)
     if request.sharding == "auto":
         whole = formula(units, Sharding(1, 1, 1), request.precision, topology)
         sharing = min(per_node, world.size) if world.device.type == "cpu" else 1

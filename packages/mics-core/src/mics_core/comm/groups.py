@@ -59,7 +59,7 @@ class HostGroup:
         self._group = group
         size = len(membership.ranks)
         self._others = [(membership.index + turn) % size for turn in range(1, size)]
-        self._received = torch.empty(0, dtype=torch.uint8)
+        self._received = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def all_gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
         """As of any group."""
@@ -76,13 +76,23 @@ class HostGroup:
         parts = source.view(len(self.membership.ranks), -1)
         needed = parts[1:].numel() * source.itemsize
         if self._received.numel() < needed:
-            self._received = torch.empty(needed, dtype=torch.uint8)
+            self._received = torch.empty(needed, dtype=torch.uint8, device="cpu")
         arrived = self._received[:needed].view(source.dtype).view(-1, parts.shape[1])
-        arriving = {other: arrived[turn] for turn, other in enumerate(self._others)}
+        self.swap(parts, arrived)
+        return self.in_order(parts, arrived)
+
+    def swap(self, parts: torch.Tensor, arrived: torch.Tensor) -> None:
+        """Send everyone their part, and receive what the others have for me into the rows of `arrived`."""
         tag = parts[0].nbytes % _TAGS
-        receives = [(other, self._group.recv([arriving[other]], other, tag)) for other in self._others]
+        receives = [
+            (other, self._group.recv([row], other, tag)) for other, row in zip(self._others, arrived, strict=True)
+        ]
         sends = [(other, self._group.send([parts[other]], other, tag)) for other in self._others]
         self._wait(receives, sends)
+
+    def in_order(self, parts: torch.Tensor, arrived: torch.Tensor) -> list[torch.Tensor]:
+        """What `swap` received, and my own part, in the order of the ranks."""
+        arriving = dict(zip(self._others, arrived, strict=True))
         return [arriving.get(index, parts[self.membership.index]) for index in range(len(self.membership.ranks))]
 
     def _wait(self, receives: list[tuple[int, dist.Work]], sends: list[tuple[int, dist.Work]]) -> None:

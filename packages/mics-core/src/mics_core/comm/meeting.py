@@ -9,25 +9,41 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from mics_core.comm import placement
 from mics_core.errors import ConfigError, LostRank
 
 _PAUSE = 0.02
 _FAREWELL = timedelta(seconds=10)
 
 
-def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) -> Store:
-    """The part of the store that is this start's. If a rank has trouble, all raise what the first of them says."""
+@dataclass(frozen=True)
+class Start:
+    """What ranks have agreed on."""
+
+    store: Store  # the part that is this start's
+    shared: bool  # whether they share GPUs
+
+
+def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta, place: str = "") -> Start:
+    """Meet the other ranks. If a rank has trouble, all raise what the first of them says."""
     mine = uuid4().hex
     store.set_timeout(timeout)
     if rank == 0:
         start = _start(store, mine)
-        said = _hear_all(store, start, mine, world, timeout)
-        verdict = next(filter(None, [trouble, *said]), "")
+        said = [(trouble, place), *_hear_all(store, start, mine, world, timeout)]
+        verdict = next(filter(None, (each for each, _ in said)), "")
+        shared = False
+        try:
+            shared = not verdict and placement.shared([at for _, at in said], range(world))
+        except ConfigError as error:
+            verdict = str(error)
+        start.set("shared", "yes" if shared else "")
         start.set("verdict", verdict)
         if verdict and world > 1:  # this rank raises, and may keep the store
             with suppress(RuntimeError):
@@ -36,9 +52,10 @@ def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) 
         store.set(_question(rank), mine)
         try:
             start = _start(store, store.get(_answer(mine)).decode())
+            start.set(_place(rank), place)
             start.set(_thanks(rank), trouble)
             start.wait(["verdict"])
-            verdict = start.get("verdict").decode()
+            verdict, shared = start.get("verdict").decode(), bool(start.get("shared"))
             start.set(_heard(rank), "")
         except RuntimeError as error:  # nobody answered for too long, or who keeps the store is gone
             raise LostRank(
@@ -47,11 +64,11 @@ def meet(store: Store, rank: int, world: int, trouble: str, timeout: timedelta) 
             ) from error
     if verdict:
         raise ConfigError(verdict)
-    return start
+    return Start(start, shared)
 
 
-def _hear_all(store: Store, start: Store, mine: str, world: int, timeout: timedelta) -> list[str]:
-    """Answer the other ranks until each has said its trouble."""
+def _hear_all(store: Store, start: Store, mine: str, world: int, timeout: timedelta) -> list[tuple[str, str]]:
+    """Answer the other ranks until each has said its trouble and its place."""
     answered: dict[int, bytes] = {}
     end = time.monotonic() + timeout.total_seconds()
     while missing := [rank for rank in range(1, world) if not start.check([_thanks(rank)])]:
@@ -65,7 +82,7 @@ def _hear_all(store: Store, start: Store, mine: str, world: int, timeout: timede
                 store.set(_answer(name.decode()), mine)
                 answered[rank] = name
         time.sleep(_PAUSE)
-    return [start.get(_thanks(rank)).decode() for rank in range(1, world)]
+    return [(start.get(_thanks(rank)).decode(), start.get(_place(rank)).decode()) for rank in range(1, world)]
 
 
 def _start(store: Store, name: str) -> Store:
@@ -82,6 +99,10 @@ def _answer(name: str) -> str:
 
 def _heard(rank: int) -> str:
     return f"rank {rank} has heard"
+
+
+def _place(rank: int) -> str:
+    return f"the place of rank {rank}"
 
 
 def _thanks(rank: int) -> str:

@@ -17,7 +17,8 @@ import torch
 from mics_core.comm.counters import Counters
 from mics_core.comm.groups import Group, Membership
 from mics_core.comm.lanes import DONE, Lane, StreamLane, Work
-from mics_core.comm.world import Answers, World
+from mics_core.comm.questions import Answers
+from mics_core.comm.world import World
 
 COMPUTE = "compute"
 """The stream on which the model computes."""

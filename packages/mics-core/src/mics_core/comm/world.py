@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
-import zlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -19,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from mics_core.comm import placement
 from mics_core.comm.counters import Counters
 from mics_core.comm.first_cause import absentees, blamed, remember_store
 from mics_core.comm.groups import DeviceGroup, Group, HostGroup, Membership, silent
-from mics_core.comm.lanes import DONE, Lane, Work, lane
+from mics_core.comm.lanes import DONE, Lane, lane
 from mics_core.comm.launched import end_with_the_launcher, make_room_for_connections
 from mics_core.comm.meeting import meet
+from mics_core.comm.questions import Answers, find_largest
+from mics_core.comm.staged import CudaDriver, StagedGroup, Staging
 from mics_core.errors import ConfigError, LifecycleError
 
 ProcessGroup = dist.ProcessGroup
@@ -33,7 +34,6 @@ _CPU = torch.device("cpu")
 _PATIENCE = timedelta(minutes=10)
 # torch 2.11 sorts the ranks of every group, and has no word for it.
 _AS_LISTED: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
-_KINDS, _TURNS = 1 << 16, 64  # of questions, and messages in a row of one
 _met = False  # whether `init` made this world, in a part of the store that is its own
 _timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later in this world; torch has one of its own
 
@@ -41,26 +41,36 @@ _timeout: tuple[object, timedelta] = (None, _PATIENCE)  # for groups made later 
 def init(timeout: timedelta = _PATIENCE) -> torch.device:
     """Join the ranks that `torchrun` started, and return this rank's device.
 
-    With GPUs that is `cuda:LOCAL_RANK` and NCCL, else the CPU and gloo. In a plain `python` process there is a world
-    of one rank. Call it once, first. A collective that takes longer than `timeout` raises an error, and so does a save
-    or a load in which a rank's disk does nothing for about as long, however long it takes while it goes on. On Linux,
-    ranks of torchrun are killed when it is gone.
+    With GPUs that is one of this host's by LOCAL_RANK, and NCCL, else the CPU and gloo. Ranks that outnumber the GPUs
+    share them, all alike, and what travels goes through the hosts' memory: slow, and good for tests. In a plain
+    `python` process there is a world of one rank. Call it once, first. A collective that takes longer than `timeout`
+    raises an error, and so does a save or a load in which a rank's disk does nothing for about as long, however long it
+    takes while it goes on. On Linux, ranks of torchrun are killed when it is gone.
     """
     global _met, _timeout
     if not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
         raise ConfigError(f"init: timeout is {timeout!r}, expected a timedelta above 0, such as timedelta(minutes=10)")
     end_with_the_launcher()
+    # Read when CUDA starts. Computation, lanes and NCCL are more streams than 8 queues; in one queue they wait in line.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = _CPU
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # gloo beside NCCL: what hosts agree on must not wait for a device.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        start = meet(store, rank, world, make_room_for_connections(rank, world), timeout)
-        dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=timeout)
+        start = meet(store, rank, world, make_room_for_connections(rank, world), timeout, placement.place(device))
+        # gloo beside NCCL: what hosts agree on must not wait for a device.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not start.shared else "gloo"
+        dist.init_process_group(backend, store=start.store, rank=rank, world_size=world, timeout=timeout)
         _met = True
+        if start.shared and rank == 0:
+            print(
+                "init: ranks share GPUs, so what travels goes through the hosts' memory by gloo, which is for tests: "
+                "start one rank for each GPU to use NCCL",
+                file=sys.stderr,
+                flush=True,
+            )
     elif _timeout[0] is not dist.group.WORLD:
         _met = False
     _timeout = (dist.group.WORLD, timeout)
@@ -78,20 +88,6 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _forget_old_world()
-
-
-@dataclass
-class Answers:
-    """Small numbers on their way."""
-
-    numbers: torch.Tensor
-    work: Work
-
-    def read(self) -> list[int]:
-        """The numbers, once all ranks have given theirs."""
-        self.work.wait()
-        answers: list[int] = self.numbers.tolist()
-        return answers
 
 
 class World:
@@ -118,11 +114,21 @@ class World:
                 f"shard: the group has the ranks {list(self.ranks)}, expected them in ascending order by this version "
                 "of torch, which sorts those of groups within it: list them so, or use a later one"
             )
+        bound = None if self._single else dist.distributed_c10d._get_default_group().bound_device_id
+        if bound is not None and 1 < self.size < dist.get_world_size():
+            raise ConfigError(
+                f"shard: the group has {self.size} of {dist.get_world_size()} ranks, and the default process group is "
+                f"bound to {bound}, with which torch makes each group on all ranks: leave device_id out of "
+                "init_process_group, as mics.init does"
+            )
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self.streams: Any = torch.cuda if self.device.type == "cuda" else None
         """Where the computation's stream is asked for; None if there are no streams."""
+        self._staging: Staging | None = None
         if self.size > 1:
-            _count_groups_alike(group)
+            places = _count_groups_alike(group, placement.place(self.device))
+            if dist.get_backend() != "fake" and placement.shared(places, self.ranks):
+                self._staging = _staging_of(self.device)
             self._control = self._control_group(self.ranks, "control")
 
     def all_gather_object(self, mine: object, what: str) -> list[Any]:
@@ -134,10 +140,10 @@ class World:
     def max_async(self, mine: Sequence[int], what: str) -> Answers:
         """Begin to find the largest of all ranks' numbers, each from 0 to 255; nothing waits until it is read."""
         with torch.inference_mode(False):  # a lane, where no mode of the caller's holds, writes to them
-            numbers = torch.tensor(mine, dtype=torch.uint8)
+            numbers = torch.tensor(mine, dtype=torch.uint8, device=_CPU)
         if self.size == 1 or not numbers.numel():
             return Answers(numbers, DONE)
-        job = partial(self._find_largest, self._control, numbers, what)
+        job = partial(find_largest, self._control, self.ranks, self.rank, numbers, what)
         return Answers(numbers, self._lane(self._questions, _CPU).submit(what, job))
 
     def broadcast(self, flat: torch.Tensor) -> None:
@@ -163,29 +169,6 @@ class World:
             twin._control = self._control_group(self.ranks, name)
         return twin
 
-    def _find_largest(self, group: Any, numbers: torch.Tensor, what: str) -> None:
-        """Overwrite numbers with the largest of all ranks'. 512 ranks need 9 rounds; gloo's ring, 1022 in a row.
-
-        After round n each rank knows the largest of 2**n ranks before it, some twice at the end, which changes nothing.
-        """
-        heard = torch.zeros_like(numbers)
-        # So that no question takes another one's answer; gloo aborts a process that gets more bytes than it waits for.
-        kind = zlib.crc32(f"{what} {numbers.numel()}".encode()) % _KINDS * _TURNS
-        for turn in range((self.size - 1).bit_length()):
-            distance = 1 << turn
-            source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            receiving = group.recv([heard], source, kind + turn)
-            sending = group.send([numbers], target, kind + turn)
-            for work, verb, other in (
-                (receiving, "nothing came from", source),
-                (sending, "nothing was taken by", target),
-            ):
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    raise silent(verb, self.ranks[other], "", error) from error
-            torch.maximum(numbers, heard, out=numbers)
-
     def among(self, members: Sequence[int], name: str) -> World:
         """Some of these ranks, for questions of their own; all of them must ask for it, in the same order of groups."""
         part = copy.copy(self)
@@ -198,12 +181,16 @@ class World:
 
     def lane(self, name: str, *, urgent: bool = False) -> Lane:
         """The lane of this name."""
+        if self._staging is not None:
+            return self._staging.lane(name, urgent=urgent)
         return self._lane(name, self.device, urgent=urgent)
 
     def group(self, members: Sequence[int], name: str) -> Group:
         """The group of these members of this world; all of them must ask for it, in the same order of groups."""
         ranks = tuple(self.ranks[member] for member in members)
         membership = Membership(ranks, members.index(self.rank), name)
+        if self._staging is not None:
+            return StagedGroup(membership, self._subgroup(ranks, name, "gloo"), self._staging)
         if self.device.type == "cuda":
             return DeviceGroup(membership, self._subgroup(ranks, name, "nccl"))
         return HostGroup(membership, self._subgroup(ranks, name, "gloo"))
@@ -245,6 +232,7 @@ class World:
 # alone, so a group belongs to one lane, and a lane is one queue for all models.
 _subgroups: dict[tuple[tuple[int, ...], tuple[int, ...], str], ProcessGroup] = {}
 _lanes: dict[tuple[str, torch.device], Lane] = {}
+_stagings: dict[torch.device, Staging] = {}
 _meetings: Counter[str] = Counter()  # how often the ranks of a group have told each other something, by its name
 _parent: ProcessGroup | None = None  # the world that these are for
 
@@ -258,6 +246,7 @@ def _forget_old_world() -> None:
     if dist.group.WORLD is not _parent:  # it was destroyed
         _subgroups.clear()
         _lanes.clear()
+        _stagings.clear()
         _meetings.clear()
         _parent = dist.group.WORLD
 
@@ -304,44 +293,21 @@ def _all_gather_object(group: ProcessGroup | None, ranks: Sequence[int], mine: o
     return [said for _, said in everyone]
 
 
-def _count_groups_alike(group: ProcessGroup | None) -> None:
-    """Make all ranks members of equally many groups.
+def _staging_of(device: torch.device) -> Staging:
+    _forget_old_world()
+    if device not in _stagings:
+        _stagings[device] = Staging(CudaDriver(device))
+    return _stagings[device]
+
+
+def _count_groups_alike(group: ProcessGroup | None, place: str = "") -> list[str]:
+    """Make all ranks members of equally many groups; where they all are, as they say.
 
     torch names a group that only its members make by its ranks and by how many groups the rank is in already; members
     that disagree about the name wait for each other. So ranks that are in fewer groups make some of their own.
     """
     mine = len(dist.distributed_c10d._world.pg_names)
-    counts = _all_gather_object(group, dist.get_process_group_ranks(group), mine, "shard, save or load")
-    for _ in range(max(counts) - mine):
+    said = _all_gather_object(group, dist.get_process_group_ranks(group), (mine, place), "shard, save or load")
+    for _ in range(max(count for count, _ in said) - mine):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-
-
-def node_name() -> str:
-    """What tells this rank's node from others: the host, and torchrun's number of the node on it."""
-    return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '0')}"
-
-
-def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
-    """How many ranks a node has: as torchrun says, else as the nodes' names tell."""
-    if whole_world and "LOCAL_WORLD_SIZE" in os.environ:
-        return min(int(os.environ["LOCAL_WORLD_SIZE"]), len(names))
-    return len(names) // len(set(names))
-
-
-def rank_memory(device: torch.device, ranks_per_node: int) -> int:
-    """Bytes of a rank's GPU, or its share of the machine whose CPUs ranks share."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
-
-
-def check_placement(names: Sequence[str], per_node: int, ranks: Sequence[int]) -> None:
-    """Raise if ranks that count as one node are on several."""
-    for place, name in enumerate(names):
-        first = place - place % per_node
-        if names[first] != name:
-            raise ConfigError(
-                f"ranks {ranks[first]} to {ranks[first + per_node - 1]} should share a node of {per_node}, but rank "
-                f"{ranks[first]} is on {names[first]} and rank {ranks[place]} on {name}: number the ranks node by "
-                "node, as torchrun does"
-            )
+    return [at for _, at in said]

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from mics_core.comm.groups import Group
-from mics_core.comm.world import World, init, node_name, rank_memory, ranks_per_node
+from mics_core.comm.placement import node_name, rank_memory, ranks_per_node
+from mics_core.comm.world import World, init
 from mics_core.errors import ConfigError
 from mics_core.planner.cluster import Cluster, Link, Table, Transport
 from mics_core.planner.progress import Progress

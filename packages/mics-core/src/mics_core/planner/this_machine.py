@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mics_core.comm.world import rank_memory
+from mics_core.comm.placement import rank_memory
 
 THIS = "this machine"
 

@@ -15,8 +15,9 @@ import torch
 from mics_core.comm.counters import Counters
 from mics_core.comm.ladder import Ladder, Route, Transfer
 from mics_core.comm.lanes import DONE, Work
+from mics_core.comm.questions import Answers
 from mics_core.comm.transfer_order import Question
-from mics_core.comm.world import Answers, World
+from mics_core.comm.world import World
 from mics_core.errors import LifecycleError
 from mics_core.spec.sharding import Precision, Sharding
 from mics_core.unit.unit import Gradient, Unit
