@@ -2,6 +2,8 @@
 
 PYTHON ?=
 export PYTHON
+# Programs that tests start would compile our files anew, each of them, where this is set: half a minute of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 GPU_PYTHON := $(or $(PYTHON),python3)
 SOURCES := $(CURDIR)/packages/mics-kernels/src:$(CURDIR)/packages/mics-core/src:$(CURDIR)/packages/mics-models/src
