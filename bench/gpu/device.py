@@ -52,14 +52,21 @@ def streams_that_wait_for_numbers(here: Stand) -> dict[str, object]:
     pinned.mul_(2)
     over.fill_(7)
     begun = time.perf_counter()
-    waiting.synchronize()
-    return {
+    while not waiting.query() and time.perf_counter() - begun < 5:  # synchronize might never end
+        time.sleep(1e-6)
+    took = time.perf_counter() - begun
+    if not waiting.query():
+        raise AssertionError("the stream did not see the host's number in 5 s, and holds up all that comes next")
+    found: dict[str, object] = {
         "the host saw the number, and all that was copied before it": arrived,
         "another stream went on meanwhile": other.item() == 2,
         "the stream waited": early,
         "it then took what the host had written": bool((target == 2 * source).all()),
-        "microseconds from the host's number to the end": (time.perf_counter() - begun) * 1e6,
+        "microseconds from the host's number to the end": took * 1e6,
     }
+    if False in found.values():
+        raise AssertionError(str(found))
+    return found
 
 
 def what_waits_for_all_streams(here: Stand) -> dict[str, float]:
@@ -79,6 +86,7 @@ def what_waits_for_all_streams(here: Stand) -> dict[str, float]:
         with here.on(stream):
             driver.wait(number, 1)
         threading.Timer(0.5, partial(number.fill_, 1)).start()
+        here.write(f"begins: {name}", "")  # the process may hang in it
         begun = time.perf_counter()
         call()
         found[name] = time.perf_counter() - begun
