@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ def run(ranks: int, module: Sequence[str], timeout: float) -> Any:
     What ranks print to stderr appears here. RuntimeError if one fails, TimeoutError if they take longer than `timeout`
     seconds; none runs on after either.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, ranks would outlive this process
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    launch += ["-m", *module]
+    launch += ["--local-addr=127.0.0.1", "-m", *module]  # without a network a host's name may lead nowhere
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # of a rank: they share the cores
     if sys.platform == "linux":  # a machine without a network may know no address of its own name
         environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

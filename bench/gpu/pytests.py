@@ -46,6 +46,8 @@ def run_tests(tests: Sequence[str], seconds: float) -> TestOutcome:
     command += ["-W", "default"]  # nor are the warnings of its versions
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", str(min(12, os.cpu_count() or 1))]  # compilers want a core each
+        # Ranks are a pool of one process of tests: twelve pools would share the GPU.
+        command += ["--dist", "loadgroup" if any("ranks" in each for each in tests) else "worksteal"]
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         # A group of its own, so that nothing of it still runs on the GPU when the benchmarks begin.
@@ -54,7 +56,7 @@ def run_tests(tests: Sequence[str], seconds: float) -> TestOutcome:
         )
         try:
             status = run.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # whoever interrupts wants to know how far it came
             status = None
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -86,11 +88,12 @@ def failures(text: str) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run them, and write down how it went."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have told all to ignore it
     parser = arguments(__doc__)
     parser.add_argument("tests", nargs="+", help="folders and files, or pytest's options behind --")
     options = parser.parse_args(words)
     here = stand(options)
-    outcome = run_tests(options.tests, options.seconds - 5)
+    outcome = run_tests(options.tests, options.seconds - 12)  # importing torch comes before, writing it down after
     print(outcome.failures, file=sys.stderr)
     here.write("tests", outcome)
     return 0 if outcome.status == "passed" else 1
