@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from bench import ranks
 from bench.gpu.stand import arguments, environment, stand
 
-SECONDS, PRETENDED = 90.0, 600.0
-
 
 def main(words: Sequence[str] | None = None) -> int:
     """Start the ranks, and write down what rank 0 tells."""
@@ -29,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if here.pretends:
         names["CUDA_VISIBLE_DEVICES"] = ""
     with environment(**{name: os.environ.get(name, value) for name, value in names.items()}):
-        found = ranks.run(options.ranks, told, PRETENDED if here.pretends else SECONDS)
+        found = ranks.run(options.ranks, told, options.seconds - 10)
     here.write(f"{options.ranks} ranks, {how}", found)
     return 0 if found["right"] else 1
 

@@ -84,6 +84,11 @@ def apart(device: torch.device, sharding: mics.Sharding) -> tuple[float, list[Te
     return max((a - b).abs().max().item() for a, b in zip(mine, whole.parameters(), strict=True)), mine
 
 
+def say(what: str, found: object) -> None:
+    """At once: ranks that are killed leave what they had."""
+    print(f"  rank {os.environ['RANK']}: {what}: {found}", file=sys.stderr, flush=True)
+
+
 def main(words: Sequence[str]) -> None:
     how, where = words
     if how == "nccl":
@@ -94,8 +99,10 @@ def main(words: Sequence[str]) -> None:
     world = dist.get_world_size()
     group = type(World(None).group(tuple(range(world)), "kind")).__name__
     found: dict[str, Any] = {"device": str(device), "group": group, "backend": dist.get_backend()}
+    say("begins", found)
     wrong = moved(device)
     found["wrong transfers"] = wrong
+    say("wrong transfers", wrong)
     shardings = [mics.Sharding(world, world, world), mics.Sharding(1, 1, world)]
     if world >= 4:
         shardings += [mics.Sharding(2, 2, world), mics.Sharding(world // 2, world // 2, world // 2)]
@@ -104,7 +111,9 @@ def main(words: Sequence[str]) -> None:
         away, weights = apart(device, sharding)
         _, again = apart(device, sharding)
         same = all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
-        found[f"{sharding.params},{sharding.grads},{sharding.optimizer}"] = {"apart": away, "repeats": same}
+        name = f"{sharding.params},{sharding.grads},{sharding.optimizer}"
+        found[name] = {"apart": away, "repeats": same}
+        say(name, found[name])
         right &= away < 1e-3 and same
     expected = "HostGroup" if where == "pretend" else "DeviceGroup" if how == "nccl" else "StagedGroup"
     found |= {"right": right and group == expected, "seconds": time.perf_counter() - begun}
