@@ -1,5 +1,5 @@
-"""All that needs a GPU, in one command and nine minutes: what GPUs do beside what the runtime takes for granted, tests,
-ranks that share a GPU, order, kernels, training, graphs.
+"""All that needs a GPU, in two calls of nine minutes: what GPUs do beside what the runtime takes for granted, tests,
+ranks that share a GPU; and order, kernels, training, graphs.
 
     python -m bench.gpu_check [--part 2 --part 5] [--minutes 9] [--out DIR] [--commit HASH] [--pretend]
 
@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from bench.gpu.bandwidth import CASE, CEILING, DROPPED
 from bench.gpu.steps import Outcome, Step, run, steps
+from bench.gpu.steps import outcome as ended
 from bench.kernels import kernels_table
 from bench.record import RESULTS, folder, plain, save, stamp
 
@@ -47,7 +49,12 @@ def check(chosen: Sequence[Step], path: Path, record: dict[str, Any], seconds: f
         step = left[0]
         share = step.seconds / sum(each.seconds for each in left)
         print(f"part {step.part}, {step.name}: at most {remaining * share:.0f} s", file=sys.stderr, flush=True)
-        outcome = perform(step, remaining * share)
+        begun = time.monotonic()
+        try:
+            outcome = perform(step, remaining * share)
+        except Exception:  # what goes wrong about one step is no reason to lose the others
+            took = time.monotonic() - begun
+            outcome = ended(step, "failed", took, remaining * share, [], traceback.format_exc())
         left.pop(0)
         outcomes.append(plain(outcome))
         news = _kernels(outcome.findings)
@@ -83,7 +90,7 @@ def summary(record: dict[str, Any]) -> str:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's words."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", type=int, action="append", help="only this, from 0 for probes to 7; may be repeated")
+    parser.add_argument("--part", type=int, action="append", help="only this, from 0 for probes to 8; may be repeated")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which what is left is dropped; default 9")
     parser.add_argument("--out", type=Path, help="folder of the records; default bench/results, pretended a new one")
     parser.add_argument("--commit", default="", help="the commit, where the tree was copied without its history")

@@ -189,11 +189,19 @@ def measure(name: str, job: Job, device: torch.device) -> dict[str, Any]:
             seconds = make(variant)
             rounds = rounds or _rounds(job.seconds / len(names) / PASSES, seconds)
             take_turns([variant], rounds)
+            _say(name, variant, found[variant])
             del made[variant]
             peak_memory.held(device)  # collects what is gone
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return found
+
+
+def _say(model: str, variant: str, found: Mapping[str, Any]) -> None:
+    """What a runtime has so far, at once: ranks that are killed report nothing."""
+    if dist.get_rank() == 0:
+        told = {what: " ".join(f"{each:.5g}" for each in found[what]) for what in ("seconds", "losses")}
+        print(f"  {model}, {variant}: {told}, memory: {found['memory']}", file=sys.stderr, flush=True)
 
 
 def _made(config: GPTConfig | BERTConfig, job: Job) -> Loss:
