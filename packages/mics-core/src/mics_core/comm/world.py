@@ -246,6 +246,8 @@ def _forget_old_world() -> None:
     if dist.group.WORLD is not _parent:  # it was destroyed
         _subgroups.clear()
         _lanes.clear()
+        for staging in _stagings.values():
+            staging.lanes.clear()
         _stagings.clear()
         _meetings.clear()
         _parent = dist.group.WORLD
