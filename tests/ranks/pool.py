@@ -179,8 +179,11 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + grace)
             outcomes |= {rank: Outcome("hung", text=workers[rank].stack()) for rank in pending.values()}
         finally:  # after Ctrl-C, too, those that are still at work must go
+            failed = pending or any(outcome.state != "returned" for outcome in outcomes.values())
             for rank, key in enumerate(keys):
-                if rank in pending.values() or outcomes[rank].state == "died":
+                # A stream may wait for a transfer that never came, and torch would give it to a later job.
+                stuck = failed and at is Place.SHARED
+                if stuck or rank in pending.values() or outcomes[rank].state == "died":
                     self.workers.pop(key).close()
                 else:
                     with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job

@@ -114,6 +114,14 @@ def test_ranks_have_a_gpu_each_or_share_them_or_are_on_the_cpu() -> None:
     assert visible(0, {"CUDA_VISIBLE_DEVICES": ""}) == []
 
 
+def test_workers_that_share_a_gpu_are_replaced_when_their_job_did_not_return() -> None:
+    with Pool(2, gpus=["7"]) as pool:
+        first = pool.run(2, work.process)
+        assert pool.run(2, work.process) == first
+        pool.errors(2, work.refuse, 0, 1)
+        assert not {*first} & {*pool.run(2, work.process)}
+
+
 def test_each_rank_sees_its_own_gpu_alone_and_other_workers_are_cpu_ranks() -> None:
     """No GPU is needed to see what ranks are told."""
     names = "RANK", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
