@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mics_core as mics
+from mics_core import registry
 from mics_core.comm import placement, staged
 from mics_core.comm.groups import Group, HostGroup
 from mics_core.comm.lanes import Work
@@ -249,6 +250,14 @@ def left_of_a_world() -> tuple[bool, bool]:
         return staging() is not None, page() is not None
     finally:
         gc.enable()
+
+
+def automatic(memory: int, sharing: bool) -> mics.Sharding:
+    """The sharding that "auto" takes if a GPU has so many bytes."""
+    world = StagedWorld() if sharing else World(None)
+    with patch.object(placement, "rank_memory", lambda *_: memory):
+        model = mics.shard(Model(3), "auto", ranks_per_node=1, group=world)
+    return registry.runtime_of(model, "test").sharding
 
 
 def _raised(call: Any) -> str:

@@ -82,6 +82,14 @@ def test_pages_alone_outlive_a_world_as_streams_may_still_look_at_them(pool: Poo
     assert pool.run(2, work.left_of_a_world) == [(False, True)] * 2
 
 
+def test_auto_gives_ranks_that_share_a_gpu_a_part_of_its_memory(pool: Pool) -> None:
+    whole, part = 320_000, 160_000
+    alone, shared, apart = (
+        pool.run(2, work.automatic, *told) for told in [(whole, False), (whole, True), (part, False)]
+    )
+    assert shared == apart != alone
+
+
 def test_init_shares_gpus_out_by_local_rank_and_says_so_once(pool: Pool) -> None:
     found = pool.run(4, work.started, _free_port(), ["a, GPU 0", "a, GPU 1"] * 2)
     assert [device for device, *_ in found] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
