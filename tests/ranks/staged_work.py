@@ -208,9 +208,7 @@ def ending(after_an_error: bool) -> tuple[bool, bool]:
         all_gather(self, *args)
 
     all_gather = HostGroup.all_gather
-    with (
-        patch.object(HostGroup, "all_gather", noted),
-    ):
+    with patch.object(HostGroup, "all_gather", noted):
         lane.submit("gather", late)
         _end(after_an_error)
         world.driver.complete()
