@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--deep", action="store_true", help="run everything, with more and new draws")
     parser.addoption("--patience", type=float, default=300.0, help="seconds after which ranks count as hung")
     parser.addoption("--gpus", type=int, help="how many GPUs ranks may compute on; default: all of this machine")
+    parser.addoption("--no-sharing", action="store_true", help="more ranks than GPUs run on the CPU")
     parser.addoption("--wheels", type=Path, help="test the wheels of this folder; default: build them")
 
 
@@ -62,7 +63,8 @@ def pool(pytestconfig: pytest.Config) -> Iterator[Pool]:
 
     count = pytestconfig.getoption("--gpus")
     gpus = visible(torch.cuda.device_count() if count is None else count)
-    with Pool(patience=pytestconfig.getoption("--patience"), gpus=gpus) as pool:
+    patience, sharing = pytestconfig.getoption("--patience"), not pytestconfig.getoption("--no-sharing")
+    with Pool(patience=patience, gpus=gpus, sharing=sharing) as pool:
         pytestconfig.stash[POOL] = pool
         yield pool
 

@@ -1,4 +1,6 @@
-"""Where the ranks of a job run: each on a GPU of its own, over NCCL, where there are as many; else they share them."""
+"""Where the ranks of a job run: each on a GPU of its own, over NCCL, where there are as many; else they share them, or
+run on the CPU.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,11 +25,11 @@ def visible(count: int, environment: Mapping[str, str] = os.environ) -> list[str
     return names[:count] if names != [""] else [str(number) for number in range(count)]
 
 
-def place(world: int, gpus: Sequence[str]) -> Place:
-    """Where a job of so many ranks runs."""
-    if not gpus:
-        return Place.CPU
-    return Place.GPU if world <= len(gpus) else Place.SHARED
+def place(world: int, gpus: Sequence[str], *, sharing: bool = True) -> Place:
+    """Where a job of so many ranks runs; sharing: whether ranks may share GPUs."""
+    if world <= len(gpus):
+        return Place.GPU
+    return Place.SHARED if gpus and sharing else Place.CPU
 
 
 def gpus_of(world: int, gpus: Sequence[str], at: Place) -> list[str]:

@@ -85,13 +85,17 @@ class Worker:
 class Pool:
     """Up to `size` workers, started when a job first needs them and again when they had to be killed.
 
-    gpus: what ranks may compute on; where they are too few, or `only_cpus` is set, other workers do it on the CPU.
+    gpus: what ranks may compute on; where they are too few, ranks share them. Without `sharing`, and where `only_cpus`
+        is set, other workers do it on the CPU.
     """
 
-    def __init__(self, size: int = 8, patience: float = PATIENCE, gpus: Sequence[str] = ()) -> None:
+    def __init__(
+        self, size: int = 8, patience: float = PATIENCE, gpus: Sequence[str] = (), *, sharing: bool = True
+    ) -> None:
         self.size = size
         self.patience = patience
         self.gpus = gpus
+        self.sharing = sharing
         self.only_cpus = False
         self.used: set[Place] = set()  # since somebody has cleared it
         self.workers: dict[tuple[str, int], Worker] = {}  # by their GPU, if any, and rank
@@ -139,7 +143,7 @@ class Pool:
 
     def place(self, world: int) -> Place:
         """Where so many ranks run."""
-        return place(world, () if self.only_cpus else self.gpus)
+        return place(world, () if self.only_cpus else self.gpus, sharing=self.sharing)
 
     def close(self) -> None:
         """End every worker; the fork server ends with this process."""
@@ -179,8 +183,11 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + grace)
             outcomes |= {rank: Outcome("hung", text=workers[rank].stack()) for rank in pending.values()}
         finally:  # after Ctrl-C, too, those that are still at work must go
+            failed = pending or any(outcome.state != "returned" for outcome in outcomes.values())
             for rank, key in enumerate(keys):
-                if rank in pending.values() or outcomes[rank].state == "died":
+                # A stream may wait for a transfer that never came, and torch would give it to a later job.
+                stuck = failed and at is Place.SHARED
+                if stuck or rank in pending.values() or outcomes[rank].state == "died":
                     self.workers.pop(key).close()
                 else:
                     with suppress(BrokenPipeError):  # it died meanwhile, and will be missed by the next job

@@ -39,6 +39,14 @@ class Event:
 class Stream:
     """The computation's: what it is asked for, the host does at once."""
 
+    def __init__(self, failures: list[BaseException]) -> None:
+        self._failures = failures
+
+    def query(self) -> None:
+        """As of any stream of CUDA: raises what the device has failed with, on whichever stream that was."""
+        if self._failures:
+            raise self._failures[0]
+
     def ask(self, what: Ask) -> None:
         what()
 
@@ -52,12 +60,12 @@ class Stream:
 
 
 class Lane(Stream):
-    """A thread; before some things it rests, so that it is late."""
+    """A thread; before some things it rests, so that it is late. It does nothing more when the device has failed."""
 
-    def __init__(self, rests: random.Random) -> None:
+    def __init__(self, failures: list[BaseException], rests: random.Random) -> None:
+        super().__init__(failures)
         self._queue: SimpleQueue[Ask] = SimpleQueue()
         self._rests = rests
-        self.failures: list[BaseException] = []
         threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, what: Ask) -> None:
@@ -70,9 +78,10 @@ class Lane(Stream):
             if self._rests.random() < 0.1:
                 time.sleep(0.003)
             try:
-                what()
+                if not self._failures:
+                    what()
             except BaseException as error:
-                self.failures.append(error)
+                self._failures.append(error)
 
 
 def _happen(event: Event) -> None:
@@ -85,7 +94,8 @@ class Streams:
     Event = Event
 
     def __init__(self) -> None:
-        self.computation = self._current = Stream()
+        self.failures: list[BaseException] = []
+        self.computation = self._current = Stream(self.failures)
 
     def current_stream(self, device: torch.device | None = None) -> Stream:  # noqa: ARG002
         return self._current
@@ -132,7 +142,7 @@ class PretendedDriver:
         self._rests = random.Random(seed)
 
     def stream(self, *, urgent: bool) -> Lane:  # noqa: ARG002
-        self.lanes.append(Lane(random.Random(self._rests.random())))
+        self.lanes.append(Lane(self.streams.failures, random.Random(self._rests.random())))
         return self.lanes[-1]
 
     def pinned(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -153,8 +163,11 @@ class PretendedDriver:
     def complete(self) -> None:
         """As torch.cuda.synchronize."""
         for lane in self.lanes:
-            self.streams.computation.wait_stream(lane)
-            assert not lane.failures, lane.failures
+            event = Event()
+            event.record(lane)
+            while not event.happened.wait(0.01):
+                lane.query()
+        self.streams.computation.query()
 
 
 def _reach(number: Tensor, value: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import time
+import weakref
 from contextlib import redirect_stderr
 from functools import partial
+from threading import Event
 from typing import Any
 from unittest.mock import patch
 
@@ -15,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mics_core as mics
-from mics_core.comm import placement
+from mics_core import registry
+from mics_core.comm import placement, staged
 from mics_core.comm.groups import Group, HostGroup
 from mics_core.comm.lanes import Work
-from mics_core.comm.world import World
+from mics_core.comm.world import World, leave
 from pretended_device import StagedWorld
 from runtime_work import WIDTH, Model
 
@@ -160,6 +164,98 @@ def failing_next_submit() -> str:
         one.submit("hop 1 of layers.0", partial(group.all_gather, torch.zeros(world.size), torch.ones(1)))
         world.driver.complete()
         return _raised(lambda: other.submit("gather of layers.1", list))
+
+
+def _end(after_an_error: bool) -> None:
+    with patch.object(staged, "failed", lambda: after_an_error):
+        staged._open_all()
+
+
+def failing_device() -> str:
+    """The error that the host gets that hands in transfers, of which none can leave a device that has failed."""
+    world = StagedWorld()
+    lane, group = world.lane("a lane"), world.group(tuple(range(world.size)), "a group")
+
+    def fails() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def gathers() -> None:
+        world.streams.current_stream().ask(fails)
+        for _ in range(9):
+            group.all_gather(torch.zeros(world.size), torch.ones(1))
+
+    try:
+        return _raised(lambda: lane.submit("gather of layers.0", gathers))
+    finally:
+        _end(after_an_error=True)
+
+
+def ending(after_an_error: bool) -> tuple[bool, bool]:
+    """Ranks end while all of a gather is still on the device: whether bytes travelled, and whether all that came is
+    everyone's.
+    """
+    world = StagedWorld()
+    ranks = tuple(range(world.size))
+    lane, group = world.lane("a lane"), world.group(ranks, "a group")
+    out, told = torch.zeros(world.size), []
+
+    def late() -> None:
+        world.streams.current_stream().ask(partial(time.sleep, 0.3))
+        group.all_gather(out, torch.ones(1))
+
+    def noted(self: HostGroup, *args: Any) -> None:
+        told.append(args)
+        all_gather(self, *args)
+
+    all_gather = HostGroup.all_gather
+    with patch.object(HostGroup, "all_gather", noted):
+        lane.submit("gather", late)
+        _end(after_an_error)
+        world.driver.complete()
+        world.staging.settle()
+    return bool(told), out.eq(1).all().item()
+
+
+def number_after_the_end_began() -> int:
+    """What a stream sees of a transfer that was under way when the process began to end, and is over now."""
+    world = StagedWorld()
+    lane, group = world.lane("a lane"), world.group(tuple(range(world.size)), "a group")
+    begun, ended = Event(), Event()
+
+    def talk(*_: Any) -> None:
+        begun.set()
+        assert ended.wait(300)
+
+    with patch.object(HostGroup, "all_gather", talk):
+        lane.submit("gather", partial(group.all_gather, torch.zeros(world.size), torch.ones(1)))
+        assert begun.wait(300)
+        _end(after_an_error=True)
+        ended.set()
+        world.staging.settle()
+    return int(group._over.item())
+
+
+def left_of_a_world() -> tuple[bool, bool]:
+    """Whether the collector of cycles is needed to end a staging; whether a page outlives it."""
+    gc.disable()
+    try:
+        world = StagedWorld()
+        world.lane("a lane")
+        world.group(tuple(range(world.size)), "a group")
+        staging, page = weakref.ref(world.staging), weakref.ref(world.staging._page)
+        del world
+        leave()
+        return staging() is not None, page() is not None
+    finally:
+        gc.enable()
+
+
+def automatic(memory: int, sharing: bool) -> mics.Sharding:
+    """The sharding that "auto" takes if a GPU has so many bytes."""
+    world = StagedWorld() if sharing else World(None)
+    with patch.object(placement, "rank_memory", lambda *_: memory):
+        model = mics.shard(Model(3), "auto", ranks_per_node=1, group=world)
+    return registry.runtime_of(model, "test").sharding
 
 
 def _raised(call: Any) -> str:

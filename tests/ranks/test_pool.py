@@ -105,6 +105,7 @@ def test_no_process_outlives_tests_that_were_killed(tmp_path: Path) -> None:
 def test_ranks_have_a_gpu_each_or_share_them_or_are_on_the_cpu() -> None:
     assert [place(world, "") for world in (1, 8)] == [Place.CPU] * 2
     assert [place(world, "01") for world in (1, 2, 3)] == [Place.GPU, Place.GPU, Place.SHARED]
+    assert [place(world, "01", sharing=False) for world in (1, 2, 3)] == [Place.GPU, Place.GPU, Place.CPU]
     assert gpus_of(2, "79", Place.GPU) == ["7", "9"]
     assert gpus_of(2, "79", Place.CPU) == ["", ""]
     assert gpus_of(4, "79", Place.SHARED) == ["7", "9", "7", "9"]
@@ -112,6 +113,14 @@ def test_ranks_have_a_gpu_each_or_share_them_or_are_on_the_cpu() -> None:
     assert visible(2, {}) == ["0", "1"]
     assert visible(2, {"CUDA_VISIBLE_DEVICES": "3,GPU-5"}) == ["3", "GPU-5"]
     assert visible(0, {"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+def test_workers_that_share_a_gpu_are_replaced_when_their_job_did_not_return() -> None:
+    with Pool(2, gpus=["7"]) as pool:
+        first = pool.run(2, work.process)
+        assert pool.run(2, work.process) == first
+        pool.errors(2, work.refuse, 0, 1)
+        assert not {*first} & {*pool.run(2, work.process)}
 
 
 def test_each_rank_sees_its_own_gpu_alone_and_other_workers_are_cpu_ranks() -> None:
@@ -124,5 +133,7 @@ def test_each_rank_sees_its_own_gpu_alone_and_other_workers_are_cpu_ranks() -> N
         more = pool.run(3, work.environment, *names, LOCAL_WORLD_SIZE=1)
         assert more == [[str(rank), "7", "0", "1"] for rank in range(3)]
         assert pool.used == {Place.GPU, Place.SHARED}
+        pool.sharing = False
+        assert pool.run(3, work.environment, *names)[2] == ["2", "", "2", "3"]
         pool.only_cpus = True
         assert pool.run(2, work.environment, *names) == [["0", "", "0", "2"], ["1", "", "1", "2"]]

@@ -9,6 +9,7 @@ import pytest
 
 import mics_core as mics
 import staged_work as work
+from mics_core.comm.staged import _OPEN
 from pool import Pool
 
 pytestmark = pytest.mark.cpu_ranks  # which pretend a device of their own
@@ -58,6 +59,35 @@ def test_a_failed_transfer_is_told_as_by_ranks_of_a_cpu_and_stops_no_stream(pool
 def test_a_submit_on_any_lane_raises_what_a_transfer_has_failed_with(pool: Pool) -> None:
     for said in pool.run(2, work.failing_next_submit):
         assert said.startswith("hop 1 of layers.0 failed on rank ")
+
+
+def test_a_host_that_waits_for_a_device_that_has_failed_raises_what_failed(pool: Pool) -> None:
+    for said in pool.run(2, work.failing_device):
+        assert "an illegal memory access was encountered" in said
+
+
+def test_a_rank_that_ends_well_sends_what_others_may_wait_for(pool: Pool) -> None:
+    assert pool.run(2, work.ending, False) == [(True, True)] * 2
+
+
+def test_a_rank_that_ends_by_an_error_sends_nothing_that_its_device_has_not_written(pool: Pool) -> None:
+    assert pool.run(2, work.ending, True) == [(False, False)] * 2
+
+
+def test_no_stream_waits_again_once_a_process_ends(pool: Pool) -> None:
+    assert pool.run(2, work.number_after_the_end_began) == [_OPEN] * 2
+
+
+def test_pages_alone_outlive_a_world_as_streams_may_still_look_at_them(pool: Pool) -> None:
+    assert pool.run(2, work.left_of_a_world) == [(False, True)] * 2
+
+
+def test_auto_gives_ranks_that_share_a_gpu_a_part_of_its_memory(pool: Pool) -> None:
+    whole, part = 320_000, 160_000
+    alone, shared, apart = (
+        pool.run(2, work.automatic, *told) for told in [(whole, False), (whole, True), (part, False)]
+    )
+    assert shared == apart != alone
 
 
 def test_init_shares_gpus_out_by_local_rank_and_says_so_once(pool: Pool) -> None:

@@ -245,16 +245,16 @@ LATE = 0.004  # seconds, far more than the computation between two jobs
 @contextmanager
 def late(word: str) -> Iterator[set[str]]:
     """Let every job begin late on lanes whose names hold this word; the names of those that were late."""
-    run = lanes._HostWork.run
+    run = lanes.HostWork.run
 
-    def run_late(work: lanes._HostWork, failure: BaseException | None) -> BaseException | None:
+    def run_late(work: lanes.HostWork, failure: BaseException | None) -> BaseException | None:
         if word in current_thread().name:
             delayed.add(current_thread().name)
             time.sleep(LATE)
         return run(work, failure)
 
     delayed: set[str] = set()
-    with patch.object(lanes._HostWork, "run", run_late):
+    with patch.object(lanes.HostWork, "run", run_late):
         yield delayed
 
 

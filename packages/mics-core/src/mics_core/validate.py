@@ -44,7 +44,7 @@ class _Said:
     request: dict[str, object]
     digest: str
     node: str
-    memory: int  # were it alone on its machine; 0 if nobody asks
+    memory: int  # were it alone on its GPU or machine; 0 if nobody asks
 
 
 def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSpec], Rungs, Sharding]:
@@ -72,8 +72,7 @@ def agree(model: nn.Module, request: Request, world: World) -> tuple[list[UnitSp
     placement.check_placement(nodes, min(per_node, world.size), world.ranks)
     if request.sharding == "auto":
         whole = formula(units, Sharding(1, 1, 1), request.precision, topology)
-        sharing = min(per_node, world.size) if world.device.type == "cpu" else 1
-        sharding = fitting(whole, int(ROOM * min(each.memory for each in said) / sharing))
+        sharding = fitting(whole, int(ROOM * min(each.memory for each in said) / world.sharing(per_node)))
     else:
         sharding = request.sharding.resolve(world.size)
     return units, Rungs.of(sharding, topology), sharding

@@ -55,7 +55,7 @@ def _do(what: str, job: Callable[[], None]) -> None:
         raise blamed(what, error) from error
 
 
-class _HostWork:
+class HostWork:
     """A job of a thread, over when its lock is free."""
 
     def __init__(self, what: str, job: Callable[[], None], after: Sequence[Work]) -> None:
@@ -80,7 +80,15 @@ class _HostWork:
         self._running.release()
         return failure
 
+    def over(self, seconds: float) -> bool:
+        """Wait so long for the job; whether it is over."""
+        if not self._running.acquire(timeout=seconds):
+            return False
+        self._running.release()
+        return True
+
     def wait(self) -> None:
+        """As of any work."""
         with self._running:
             pass
         if self._error is not None:
@@ -92,22 +100,22 @@ class HostLane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: SimpleQueue[_HostWork | None] = SimpleQueue()
+        self._queue: SimpleQueue[HostWork | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         _host_lanes.add(self)
 
-    def submit(self, what: str, job: Callable[[], None], after: Sequence[Work] = ()) -> Work:
+    def submit(self, what: str, job: Callable[[], None], after: Sequence[Work] = ()) -> HostWork:
         """As of any lane."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, args=(self._queue,), name=self._name, daemon=True)
             self._thread.start()
-        work = _HostWork(what, job, after)
+        work = HostWork(what, job, after)
         self._queue.put(work)
         return work
 
     # Not a method: a thread that held its lane would keep the lane, and what its jobs hold, alive for ever.
     @staticmethod
-    def _work(queue: SimpleQueue[_HostWork | None]) -> None:
+    def _work(queue: SimpleQueue[HostWork | None]) -> None:
         torch.set_grad_enabled(False)  # of this thread
         failure: BaseException | None = None
         while (work := queue.get()) is not None:

@@ -57,11 +57,11 @@ def ranks_per_node(names: Sequence[str], *, whole_world: bool) -> int:
     return len(names) // len(set(names))
 
 
-def rank_memory(device: torch.device, ranks_per_node: int) -> int:
-    """Bytes of a rank's GPU, or its share of the machine whose CPUs ranks share."""
+def rank_memory(device: torch.device, sharing: int) -> int:
+    """A rank's bytes, where so many ranks share its GPU, or the machine whose CPUs they compute on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node
+        return torch.cuda.get_device_properties(device).total_memory // sharing
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // sharing
 
 
 def check_placement(names: Sequence[str], per_node: int, ranks: Sequence[int]) -> None:

@@ -27,9 +27,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from mics_core.comm.first_cause import blamed
+from mics_core.comm.first_cause import blamed, failed
 from mics_core.comm.groups import HostGroup, Membership
-from mics_core.comm.lanes import HostLane, StreamLane, Work
+from mics_core.comm.lanes import HostLane, HostWork, StreamLane, Work
 from mics_core.errors import ConfigError
 
 _AHEAD = 4
@@ -38,6 +38,7 @@ CUDA, in some calls with Python's lock: the threads that it waits for would stan
 _PAGE = 1024  # numbers
 _OPEN = 1 << 30  # more than any number of a transfer
 _SHORTEST, _LONGEST = 2e-5, 1e-3  # seconds between two looks at a number
+_ASKING = 1.0  # seconds between two questions whether the device has failed
 
 Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Targets and sources, of one size each."""
@@ -121,52 +122,64 @@ class Staging:
         """What a lane is asked for now; a transfer that fails is called that."""
         self.failure: Exception | None = None
         self.groups: weakref.WeakSet[StagedGroup] = weakref.WeakSet()
-        self._lanes: dict[str, StagedLane] = {}
-        self._pages: list[torch.Tensor] = []  # never given back: a stream may look at a number of a group that is gone
+        self.lanes: dict[str, StagedLane] = {}  # each knows this: whoever lets go of this clears it
+        self.opened = False
+        """Whether the process is ending: nothing that has not left the device leaves it any more."""
+        self._page = torch.empty(0, device="cpu")
         self._taken = _PAGE
         _all.add(self)
 
     def lane(self, name: str, *, urgent: bool) -> StagedLane:
         """The lane of this name."""
-        if name not in self._lanes:
-            self._lanes[name] = StagedLane(self, urgent=urgent)
-        return self._lanes[name]
+        if name not in self.lanes:
+            self.lanes[name] = StagedLane(self, urgent=urgent)
+        return self.lanes[name]
 
     def check(self) -> None:
         """Raise what the first transfer that failed has raised in its thread."""
         if self.failure is not None:
             raise self.failure
 
-    def pinned(self, count: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        """Pinned memory. To pin may take the whole device, and its streams are not to wait for our threads then."""
+    def settle(self) -> None:
+        """Wait until no transfer is under way."""
         for group in list(self.groups):
             group.settle(0)
+
+    def pinned(self, count: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """Pinned memory. To pin may take the whole device, and its streams are not to wait for our threads then."""
+        self.settle()
         with torch.inference_mode(False):  # a thread, where no mode of the caller's holds, writes to it
             return self.driver.pinned(count, dtype)
 
     def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two pinned numbers that are 0: how many transfers have left the device, and how many are over."""
         if self._taken == _PAGE:
-            self._pages.append(self.pinned(_PAGE, torch.int32))
+            self._page = self.pinned(_PAGE, torch.int32)
+            _pages.append(self._page)
             self._taken = 0
         self._taken += 2
-        page = self._pages[-1]
-        return page[self._taken - 2 : self._taken - 1], page[self._taken - 1 : self._taken]
-
-    def open(self) -> None:
-        """Let no stream wait any more."""
-        for page in self._pages:
-            page.fill_(_OPEN)
+        return self._page[self._taken - 2 : self._taken - 1], self._page[self._taken - 1 : self._taken]
 
 
 _all: weakref.WeakSet[Staging] = weakref.WeakSet()
+_pages: list[torch.Tensor] = []  # never given back: a stream may look at a number of a group, or a world, that is gone
 
 
 @atexit.register
 def _open_all() -> None:
-    """A process ends only when its streams do, and after an error a transfer may never come."""
-    for staging in list(_all):
-        staging.open()
+    """A process ends only when its streams do, and after an error a transfer may never come.
+
+    Without an error others may need what is under way. That is waited for here, as lanes are asked to end after this.
+    """
+    stagings = list(_all)
+    try:
+        for staging in stagings if not failed() else ():
+            staging.settle()
+    finally:
+        for staging in stagings:
+            staging.opened = True
+        for page in _pages:
+            page.fill_(_OPEN)
 
 
 class _StagedWork:
@@ -207,7 +220,7 @@ class StagedGroup:
         self._left, self._over = staging.numbers()
         self._slot = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._number = 0
-        self._under_way: deque[Work] = deque()
+        self._under_way: deque[HostWork] = deque()
         staging.groups.add(self)
 
     def all_gather(self, out: torch.Tensor, piece: torch.Tensor) -> None:
@@ -233,8 +246,10 @@ class StagedGroup:
         return self._host.in_order(parts, received)
 
     def settle(self, most: int) -> None:
-        """Wait until at most so many transfers are under way."""
+        """Wait until at most so many transfers are under way; raises what the device has failed with."""
         while len(self._under_way) > most:
+            while not self._under_way[0].over(_ASKING):  # nor will it ever be if the device has failed
+                self._staging.driver.streams.current_stream().query()
             self._under_way.popleft().wait()
 
     def _room(self, count: int) -> torch.Tensor:
@@ -259,21 +274,25 @@ class StagedGroup:
                 driver.copy(target, source)
 
     def _carry(self, number: int, what: str, talk: Callable[[], None], coming: torch.Tensor) -> None:
-        """On the thread: one transfer, once its bytes have left the device; none after a failure."""
+        """On the thread: one transfer, once its bytes have left the device; none after a failure, or at the end."""
+        came = False
         try:
             pause = _SHORTEST
-            while self._left.item() < number:
+            while self._left.item() < number and not self._staging.opened:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST)
-            if self._staging.failure is None:
+            if self._staging.failure is None and not self._staging.opened:
                 talk()
+                came = True
         except Exception as error:  # raised by the next submit or wait
             if self._staging.failure is None:
                 self._staging.failure = blamed(what, error)
         finally:
-            if self._staging.failure is not None:
+            if not came:
                 coming.fill_(0xFF)
             self._over.fill_(number)
+            if self._staging.opened:  # perhaps just now, by the host: the number is not to be less again
+                self._over.fill_(_OPEN)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

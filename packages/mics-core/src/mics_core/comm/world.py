@@ -93,6 +93,8 @@ def leave() -> None:
 class World:
     """The ranks that train one model together: all of them, or those of a caller's data-parallel group."""
 
+    _per_gpu = 0  # ranks, on the fullest GPU; 0 where none share one
+
     def __init__(self, group: ProcessGroup | None) -> None:
         if not isinstance(group, ProcessGroup | None):
             raise ConfigError(
@@ -128,6 +130,7 @@ class World:
         if self.size > 1:
             places = _count_groups_alike(group, placement.place(self.device))
             if dist.get_backend() != "fake" and placement.shared(places, self.ranks):
+                self._per_gpu = max(Counter(places).values())
                 self._staging = _staging_of(self.device)
             self._control = self._control_group(self.ranks, "control")
 
@@ -195,6 +198,10 @@ class World:
             return DeviceGroup(membership, self._subgroup(ranks, name, "nccl"))
         return HostGroup(membership, self._subgroup(ranks, name, "gloo"))
 
+    def sharing(self, ranks_per_node: int) -> int:
+        """How many ranks share a GPU, or without GPUs a machine; the most that do."""
+        return self._per_gpu or (min(ranks_per_node, self.size) if self.device.type == "cpu" else 1)
+
     def counters(self) -> Counters:
         """For what a model's transfers move."""
         return Counters(self.device)
@@ -246,6 +253,8 @@ def _forget_old_world() -> None:
     if dist.group.WORLD is not _parent:  # it was destroyed
         _subgroups.clear()
         _lanes.clear()
+        for staging in _stagings.values():
+            staging.lanes.clear()
         _stagings.clear()
         _meetings.clear()
         _parent = dist.group.WORLD

@@ -63,7 +63,7 @@ def probe(path: Path, *, quick: bool = False) -> Cluster:
             intra.bandwidth,
             per_node,
         )
-    memory = min(world.all_gather_object(int(USABLE * rank_memory(device, per_node)), "probe"))
+    memory = min(world.all_gather_object(int(USABLE * rank_memory(device, world.sharing(per_node))), "probe"))
     said = f"measured by mics probe{' --quick' if quick else ''} on {world.size} ranks"
     sources = dict.fromkeys(("memory", "flops", "memory_bandwidth", "intra", "inter"), said)
     if per_node == 1:

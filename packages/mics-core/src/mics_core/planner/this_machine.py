@@ -38,7 +38,7 @@ def this_machine() -> dict[str, Any]:
         "name": THIS,
         "nodes": 1,
         "ranks_per_node": ranks,
-        "memory": int(USABLE * rank_memory(device, ranks)),
+        "memory": int(USABLE * rank_memory(device, 1 if gpus else ranks)),
         "flops": {name: share * _product_rate(device, getattr(torch, name)) for name in names},
         "memory_bandwidth": share * _copy_rate(device),
         "intra": dict(zip(("bandwidth", "latency"), intra, strict=True)),
