@@ -1,5 +1,4 @@
-"""All that needs a GPU, in two calls of nine minutes: what GPUs do beside what the runtime takes for granted, tests,
-ranks that share a GPU; and order, kernels, training, graphs.
+"""All that needs a GPU: probes, tests and benchmarks, in two calls of nine minutes.
 
     python -m bench.gpu_check [--part 2 --part 5] [--minutes 9] [--out DIR] [--commit HASH] [--pretend]
 
