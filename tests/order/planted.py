@@ -139,7 +139,7 @@ def _legs_unordered(self: Ladder, transfer: Transfer, piece: Tensor, whole: Tens
     work: Work = DONE
     for low, high in reversed(self.rungs.legs(transfer.low, transfer.high)):
         begin, end = self.range(whole.numel() * transfer.low, low, within=transfer.low)
-        job = partial(self.all_gather, transfer.route, transfer.action, piece, whole[begin:end], high, low)
+        job = partial(self.all_gather, transfer.route, transfer.action, piece, whole[begin:end], low, high)
         work = self.submit(transfer.route, self.scope_above(low), transfer.what, job, after)
         piece = whole[begin:end]
     return work
