@@ -21,7 +21,7 @@ PATIENT := OMP_WAIT_POLICY=passive
 
 # Ranks wait for each other most of the time: a second process of tests uses the cores meanwhile.
 PYTEST := $(PATIENT) $(PY) -m pytest -n 2 --dist loadgroup
-test: setup ## Run the tests: five to six minutes on 2 cores, and the same draws every time.
+test: setup ## Run the tests: six minutes on 2 cores, and the same draws every time.
 	@$(if $(ARGS),$(PATIENT) $(PY) -m pytest $(ARGS),$(PYTEST))
 
 test-deep: setup ## Run everything, with more and new draws, all kills, the wheels, oldest versions: tens of minutes.
