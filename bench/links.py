@@ -1,4 +1,4 @@
-"""How much of a slow link the ladder's transfers use: descend, climb and sync between emulated nodes.
+"""How much of a slow link refresh, hop 2 and both behind each other use, between emulated nodes.
 
     python -m bench.links
 
@@ -18,7 +18,7 @@ from bench.cluster import Cluster, unavailable
 from bench.harness import quantile
 from bench.ranks import result
 
-ACTIONS = ("descend", "climb", "sync")
+ACTIONS = ("refresh", "hop 2", "both")
 RANKS = 2
 
 

@@ -33,17 +33,17 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     begin, end = ladder.range(elements * per_node, top, within=per_node)
     mine = buffer[begin:end]
 
-    def descend() -> None:
-        ladder.all_gather(Route.REFRESH, "descend", mine, buffer, per_node, top)
+    def refresh() -> None:
+        ladder.all_gather(Route.REFRESH, "refresh", mine, buffer, per_node, top)
 
-    def climb() -> None:
-        accumulate(mine, ladder.reduce_scatter(Route.HOP2, "climb", buffer, per_node, top), overwrite=True)
+    def hop2() -> None:
+        accumulate(mine, ladder.reduce_scatter(Route.HOP2, "hop 2", buffer, per_node, top), overwrite=True)
 
-    def sync() -> None:
-        climb()
-        descend()
+    def both() -> None:
+        hop2()
+        refresh()
 
-    actions = {"descend": descend, "climb": climb, "sync": sync}
+    actions = {"refresh": refresh, "hop 2": hop2, "both": both}
     sent = {}
     for name, action in actions.items():
         counters.links.clear()

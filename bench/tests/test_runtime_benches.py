@@ -155,10 +155,10 @@ def test_transfers_between_nodes_are_set_against_their_link(tmp_path: Path) -> N
 
 
 def test_a_link_that_is_busy_half_of_the_time_has_a_share_of_one_half() -> None:
-    found = {"sent_by_node": {"climb": 1_000_000}, "seconds": {"climb": [0.2, 0.08, 0.16]}}
-    share = shares(found, "climb", rate=100.0)
+    found = {"sent_by_node": {"hop 2": 1_000_000}, "seconds": {"hop 2": [0.2, 0.08, 0.16]}}
+    share = shares(found, "hop 2", rate=100.0)
     assert share == pytest.approx({"least": 0.4, "median": 0.5, "most": 1.0, "rounds": 3})
-    row = {"rate_mbit": 100.0, "megabytes": 1.0, "share": dict.fromkeys(("descend", "climb", "sync"), share)}
+    row = {"rate_mbit": 100.0, "megabytes": 1.0, "share": dict.fromkeys(links.ACTIONS, share)}
     assert "0.500 (0.400-1.000)" in links_table([row])
 
 
