@@ -13,13 +13,14 @@ import torch.distributed as dist
 import mics_core as mics
 from bench.ranks import report
 from mics_core.comm.counters import Counters
-from mics_core.comm.ladder import Ladder, Route
+from mics_core.comm.ladder import Ladder, Route, Transfer
+from mics_core.comm.parcel import add_up
 from mics_core.comm.world import World
 from mics_core.spec.topology import Rungs, Topology
-from mics_kernels import accumulate
 
 REPEATS = 2  # transfers behind each other, as a step's units are
 ROUNDS = 3
+ROUTES = {Route.HOP2: "hop 2", Route.REFRESH: "refresh"}
 
 
 def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None]], dict[str, int]]:
@@ -32,12 +33,13 @@ def transfers(elements: int, per_node: int) -> tuple[dict[str, Callable[[], None
     buffer = torch.zeros(elements)
     begin, end = ladder.range(elements * per_node, top, within=per_node)
     mine = buffer[begin:end]
+    up, down = (Transfer(route, name, name, per_node, top) for route, name in ROUTES.items())
 
     def refresh() -> None:
-        ladder.all_gather(Route.REFRESH, "refresh", mine, buffer, per_node, top)
+        ladder.all_gather(down, mine, buffer, per_node, top)
 
     def hop2() -> None:
-        accumulate(mine, ladder.reduce_scatter(Route.HOP2, "hop 2", buffer, per_node, top), overwrite=True)
+        add_up(mine, ladder.reduce_scatter(up, buffer, per_node, top), overwrite=True)
 
     def both() -> None:
         hop2()

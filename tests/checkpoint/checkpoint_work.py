@@ -17,6 +17,7 @@ PRECISIONS = {
     "fp32": mics.Precision.fp32(),
     "bf16": mics.Precision.bf16(),
     "fp16": mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0, patience=2)),
+    "bf16, int8 between nodes": mics.Precision.bf16(between_nodes=torch.int8),
 }
 
 
@@ -154,3 +155,20 @@ def load(cluster: Cluster, setting: Setting, path: Path, steps: int = 1) -> Life
     mics.check_replicas(model)
     state = held(model, optimizer)
     return state, train(model, optimizer, 2, 3), whole(model)
+
+
+def go_on(cluster: Cluster, setting: Setting, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Steps with a save among them, which nothing follows that would look at weights."""
+    model, optimizer = build(cluster, setting, seed=1)
+    train(model, optimizer, 0, 3)
+    mics.save(folder / "step-3", model, optimizer)
+    losses = train(model, optimizer, 3, 3)
+    return losses, whole(model)
+
+
+def come_back(cluster: Cluster, setting: Setting, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """The same from the save on."""
+    model, optimizer = build(cluster, setting, seed=2)
+    mics.load(folder, model, optimizer)
+    losses = train(model, optimizer, 3, 3)
+    return losses, whole(model)

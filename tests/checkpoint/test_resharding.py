@@ -1,5 +1,7 @@
 """What one cluster has saved another loads, bit for bit, and trains on with."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from pool import Pool
 
 # Means over ranks are added in another order with other degrees, and half precision rounds what is added.
 NEAR = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
+EIGHT_BITS = "bf16, int8 between nodes"
 
 
 @st.composite
@@ -74,3 +77,27 @@ def test_the_same_sharding_continues_bit_for_bit_with_the_same_random_numbers(
         assert not differing(after[0], before[0])
         assert after[1] == before[1]
         assert not differing(after[2], before[2])
+
+
+def test_weights_that_follow_in_eight_bits_are_state_and_others_round_the_masters(pool: Pool, tmp_path: Path) -> None:
+    """Bit for bit in the same sharding; in others, and in another precision, the masters are the same."""
+    setting = Setting(precision=EIGHT_BITS)
+    spread, close = Cluster(4, 2, Sharding(2, 2, 4)), Cluster(4, 2, Sharding(2, 2, 2))
+    before = pool.run(4, work.go_on, spread, setting, tmp_path)
+    for (losses, weights), (expected, held) in zip(
+        pool.run(4, work.come_back, spread, setting, tmp_path), before, strict=True
+    ):
+        assert losses == expected
+        assert not differing(weights, held)
+    for cluster, precision in ((close, EIGHT_BITS), (spread, "bf16"), (Cluster(2, 1, Sharding(1, 2, 2)), EIGHT_BITS)):
+        for _, weights in pool.run(cluster.world, work.come_back, cluster, Setting(precision=precision), tmp_path):
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, before[0][1][name], atol=3e-2, rtol=3e-2, msg=name)
+
+
+def test_a_checkpoint_without_shown_weights_begins_with_rounded_masters(pool: Pool, tmp_path: Path) -> None:
+    spread = Cluster(4, 2, Sharding(2, 2, 4))
+    before = pool.run(4, work.go_on, spread, Setting(precision="bf16"), tmp_path)
+    for _, weights in pool.run(4, work.come_back, spread, Setting(precision=EIGHT_BITS), tmp_path):
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, before[0][1][name], atol=3e-2, rtol=3e-2, msg=name)

@@ -117,13 +117,15 @@ def variants() -> Iterator[Variant]:
             yield f"accumulate {kind} into {dtype}", adding, wide(tile, kind, *there), wide(tile, dtype)
         for dtype in (F32, BF16):
             tile, out = quantize_op.TILE, quantize_op.Quantized(empty(kind), empty(F32, SIZE // 256))
-            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, None)
+            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, None, None)
             yield f"quantize {dtype} -> {kind}", leaving, wide(tile, dtype), wide(tile, kind)
             returning = partial(quantize_op._launch_dequantize, *out, empty(dtype), 256)
             yield f"dequantize {kind} -> {dtype}", returning, wide(tile, kind), wide(tile, dtype)
+            leaving = partial(quantize_op._launch_quantize, empty(F32), out, 256, None, empty(dtype))
+            yield f"quantize {F32} - {dtype} -> {kind}", leaving, wide(tile, F32, dtype), wide(tile, kind)
             # With a residual the tile is half as large, so a thread's eight values of a byte each leave as 64 bits.
             tile = quantize_op.TILE_WITH_RESIDUAL
-            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, empty(F32))
+            leaving = partial(quantize_op._launch_quantize, empty(dtype), out, 256, empty(F32), None)
             yield f"quantize {dtype} -> {kind} with residual", leaving, wide(tile, dtype, F32), wide(tile, F32)
 
 
@@ -153,7 +155,7 @@ def corners() -> Iterator[Variant]:
     yield f"pack numbers to {F64}", partial(pack_op._launch, numbers, empty(F64, 2 * SIZE), [0, SIZE], 1.0), 0, 0
     for block in (16, 1024):
         out = quantize_op.Quantized(empty(torch.int8, 1), empty(F32, 1))
-        leaving = partial(quantize_op._launch_quantize, empty(BF16, 1), out, block, None)
+        leaving = partial(quantize_op._launch_quantize, empty(BF16, 1), out, block, None, None)
         yield f"quantize {BF16}[1], blocks of {block}", leaving, 0, 0
         yield (
             f"dequantize {BF16}[1], blocks of {block}",

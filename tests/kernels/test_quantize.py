@@ -5,7 +5,7 @@ from hypothesis import given
 
 import mics_kernels.ops.quantize as quantize_op
 from comparing import assert_same_bits
-from mics_kernels import dequantize, quantize
+from mics_kernels import accumulate, dequantize, quantize
 
 # The largest step between neighbouring values, in units of a block's scale: 1 between integers; fp8 has 3 or 2 bits
 # of mantissa, so at the top of its range neighbours are limit / 2**bits / (2 - 2**-bits) of 1.75 or so apart.
@@ -30,18 +30,25 @@ def empty(size: int, kind: torch.dtype, block: int, device: torch.device) -> qua
     return quantize_op.Quantized(torch.empty(size, dtype=kind, device=device), scales)
 
 
-@given(sizes, floats, kinds, blocks, st.booleans(), st.sampled_from([None, torch.inf, torch.nan]))
+@given(sizes, floats, kinds, blocks, st.booleans(), st.none() | floats, st.sampled_from([None, torch.inf, torch.nan]))
 def test_quantizing_gives_the_bits_of_the_reference(
-    size: int, dtype: torch.dtype, kind: torch.dtype, block: int, feedback: bool, strange: float | None
+    size: int,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    block: int,
+    feedback: bool,
+    based: torch.dtype | None,
+    strange: float | None,
 ) -> None:
     flat = spread_out(size, dtype)
+    base = None if based is None else torch.randn(size).to(based).to(flat.device)
     if strange is not None and size:
         flat[size // 2] = strange
     residual = torch.randn(size, device=flat.device) if feedback else None
     expected_residual = residual.clone() if feedback else None
     expected = empty(size, kind, block, flat.device)
-    quantize_op.quantize_reference(flat, expected, block, expected_residual)
-    got = quantize(flat, kind, block=block, residual=residual)
+    quantize_op.quantize_reference(flat, expected, block, expected_residual, base)
+    got = quantize(flat, kind, block=block, residual=residual, base=base)
     assert_same_bits(got.values, expected.values)
     assert_same_bits(got.scales, expected.scales)
     if feedback:
@@ -151,3 +158,16 @@ def test_the_references_cross_from_one_part_to_the_next(feedback: bool, monkeypa
         results.append([*out, back, back if residual is None else residual])
     for whole, parts in zip(*results, strict=True):
         assert_same_bits(parts, whole)
+
+
+@given(sizes, floats)
+def test_a_base_that_follows_by_differences_comes_as_near_as_its_own_dtype_allows(
+    size: int, dtype: torch.dtype
+) -> None:
+    """Each difference holds what the ones before have lost."""
+    master = torch.randn(size, device="cuda" if torch.cuda.is_available() else "cpu")
+    shown = torch.zeros_like(master, dtype=dtype)
+    for _ in range(6):
+        accumulate(shown, [quantize(master, base=shown)])
+    off = (master - shown.float()).abs()
+    assert (off <= torch.finfo(dtype).eps * master.abs() + 1e-7).all()

@@ -92,7 +92,7 @@ def _free_before_arrival(self: Gatherer, unit: Unit) -> None:
 def _bring_under_a_refresh(self: Lifecycle, unit: Unit) -> None:
     if unit.trained.written:
         unit.trained.round_master()
-        self._gatherer.refresh(unit)
+        self._gatherer.refresh(unit, exact=True)
 
 
 _next = _Ring.next
@@ -135,11 +135,18 @@ def _after_nothing(self: Ladder, transfer: Transfer, buffer: Tensor, finish: Any
     return _reduce_scatter_async(self, transfer, buffer, finish)
 
 
-def _legs_unordered(self: Ladder, transfer: Transfer, piece: Tensor, whole: Tensor, after: Any = ()) -> Work:
+def _legs_unordered(
+    self: Ladder,
+    transfer: Transfer,
+    piece: Tensor,
+    whole: Tensor,
+    after: Any = (),
+    coding: Any = None,  # noqa: ARG001
+) -> Work:
     work: Work = DONE
     for low, high in reversed(self.rungs.legs(transfer.low, transfer.high)):
         begin, end = self.range(whole.numel() * transfer.low, low, within=transfer.low)
-        job = partial(self.all_gather, transfer.route, transfer.action, piece, whole[begin:end], low, high)
+        job = partial(self.all_gather, transfer, piece, whole[begin:end], low, high)
         work = self.submit(transfer.route, self.scope_above(low), transfer.what, job, after)
         piece = whole[begin:end]
     return work
@@ -154,13 +161,13 @@ def _leg_with_its_own_buffer(self: Ladder, transfer: Transfer, buffer: Tensor, f
     held: list[Tensor] = []
 
     def first() -> None:
-        parts = self.reduce_scatter(transfer.route, transfer.action, buffer, low, node)
+        parts = self.reduce_scatter(transfer, buffer, low, node)
         held.append(parts[0].clone())
 
     work = self.submit(transfer.route, self.scope_above(low), transfer.what, first, after)
 
     def last() -> None:
-        finish(self.reduce_scatter(transfer.route, transfer.action, held.pop(), node, high))
+        finish(self.reduce_scatter(transfer, held.pop(), node, high))
 
     return self.submit(transfer.route, self.scope_above(node), transfer.what, last, [work])
 

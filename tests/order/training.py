@@ -88,6 +88,9 @@ PRECISIONS = {
     "bf16, reduced in fp32": mics.Precision.bf16(torch.float32),
     "fp16": mics.Precision.fp16(loss_scale=mics.LossScale(initial=256.0)),
     "fp16, reduced in fp16": mics.Precision.fp16(torch.float16, mics.LossScale(initial=256.0)),
+    "bf16, int8 between nodes": mics.Precision(
+        torch.bfloat16, torch.bfloat16, between_nodes=torch.int8, hop1_between_nodes=torch.int8
+    ),
 }
 
 

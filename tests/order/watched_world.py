@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mics_core.comm.counters import Counters
-from mics_core.comm.groups import Group, Membership
+from mics_core.comm.groups import Group, Membership, Messages
 from mics_core.comm.questions import Answers
 from mics_core.comm.recorded import RecordedGroup, RecordedWorld
 from recording import Recording
@@ -45,3 +45,7 @@ class _WatchedGroup(RecordedGroup):
         parts = super().exchange(source)
         self._recording.sent(self.membership, "reduce_scatter", parts[0].nbytes)
         return parts
+
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        super().swap(leaving, arriving)
+        self._recording.sent(self.membership, "swap", sum(message.nbytes for message in leaving[0]))

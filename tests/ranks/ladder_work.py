@@ -47,6 +47,9 @@ class Case:
 EVERYWHERE = Sharding.ddp().resolve(1)
 """With these degrees the slow routes have a group for every level."""
 
+UP = Transfer(Route.HOP2, "a sum", "up", 1, -1)
+DOWN = Transfer(Route.REFRESH, "a gather", "down", 1, -1)
+
 
 def there_and_back(case: Case) -> dict[str, bool]:
     """Reduce-scatter from 1 to every rung by way of the one before, and gather again; compare with sums of all."""
@@ -57,7 +60,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     buffer = case.partial(rank)
     below = 1
     for degree in ladder.rungs.degrees:
-        parts = ladder.reduce_scatter(Route.HOP2, "up", buffer, below, degree)
+        parts = ladder.reduce_scatter(UP, buffer, below, degree)
         piece = torch.empty(size // degree, dtype=case.dtype)
         accumulate(piece, parts, overwrite=True)
         begin, end = ladder.range(size, degree)
@@ -72,7 +75,7 @@ def there_and_back(case: Case) -> dict[str, bool]:
     for degree in reversed(ladder.rungs.degrees[:-1]):
         begin, end = ladder.range(size, degree)
         whole = torch.full((size // degree,), torch.nan, dtype=case.dtype)
-        ladder.all_gather(Route.REFRESH, "down", buffer, whole, degree, high)
+        ladder.all_gather(DOWN, buffer, whole, degree, high)
         result[f"down to {degree}"] = torch.equal(whole, case.total()[begin:end])
         buffer, high = whole, degree
     return result
@@ -84,11 +87,11 @@ def straight_down_and_up(case: Case) -> dict[str, bool]:
     size = case.size
     top = ladder.rungs.degrees[-1]
     buffer = case.partial(ladder.rank)
-    parts = ladder.reduce_scatter(Route.HOP2, "up", buffer, 1, top)
+    parts = ladder.reduce_scatter(UP, buffer, 1, top)
     begin, end = ladder.range(size, top)
     mine = buffer[begin:end]
     accumulate(mine, parts, overwrite=True)
-    ladder.all_gather(Route.REFRESH, "down", mine, buffer, 1, top)
+    ladder.all_gather(DOWN, mine, buffer, 1, top)
     sent = {
         action: sum(t.bytes for (name, _), t in counters.links.items() if name == action) for action in ("up", "down")
     }

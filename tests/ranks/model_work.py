@@ -1,10 +1,9 @@
 """What test_models.py asks ranks to do: train models that are cut, and the same models in one process.
 
-`trains_as_one_process` trains a case sharded on this rank's data, and whole on all ranks' data, and compares every
+`trains_as_one_process` trains a case sharded, and whole copies of it whose gradients are summed, and compares every
 parameter. The cases themselves are in model_cases_*.py.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ import model_cases_loops as loops
 import model_cases_parameters as parameters
 from mics_core import registry
 from model_case import ROWS, WIDTH, Block, Case, Chain, distance, make_optimizer
+from reference import sum_gradients
 from seeded import seeded
 
 CASES: dict[str, type[Case]] = {
@@ -71,10 +71,10 @@ RUNS = (
 )
 
 
-def all_batches(case: type[Case], world: int) -> list[list[list[Any]]]:
-    """By step, micro-step and rank."""
-    generator = seeded(7)
-    return [[[case.batch(generator) for _ in range(world)] for _ in range(MICRO_STEPS)] for _ in range(STEPS)]
+def my_batches(case: type[Case]) -> list[list[Any]]:
+    """This rank's, by step and micro-step."""
+    generator, rank, world = seeded(7), dist.get_rank(), dist.get_world_size()
+    return [[[case.batch(generator) for _ in range(world)][rank] for _ in range(MICRO_STEPS)] for _ in range(STEPS)]
 
 
 def build(case: type[Case]) -> Case:
@@ -83,26 +83,23 @@ def build(case: type[Case]) -> Case:
 
 
 class Reference:
-    """The model in one process. Ranks share its parameters, and have buffers of their own."""
+    """The model whole, on this rank's data and with the gradients of all."""
 
-    def __init__(self, case: type[Case], run: Run, world: int) -> None:
+    def __init__(self, case: type[Case], run: Run) -> None:
         self.model = build(case)
         self.before = [parameter.detach().clone() for parameter in self.model.parameters()]
-        shared = {id(parameter): parameter for parameter in self.model.parameters()}
-        alone = any(True for _ in self.model.buffers())  # else one model serves for all, and copies cost half of a case
-        self.replicas = [copy.deepcopy(self.model, dict(shared)) if alone else self.model for _ in range(world)]
         self.optimizer = self.model.optimizer(run.optimizer.replace("mics", "torch"))
 
-    def train(self, batches: list[list[Any]], step: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """One step; the gradients' norm, and what was seen before it on this rank."""
-        rank = dist.get_rank()
-        seen = self.replicas[rank].between(self.optimizer, batches[0][rank], step)
-        for micro_batch in batches:
-            for replica, batch in zip(self.replicas, micro_batch, strict=True):
-                replica.backward(replica.loss(batch, step) / len(batches) / len(self.replicas))
-        norm = clip(self.model, self.model.clip, nn.utils.clip_grad_norm_)
+    def train(self, batches: list[Any], step: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """One step; the gradients' norm, and what was seen before it."""
+        model = self.model
+        seen = model.between(self.optimizer, batches[0], step)
+        for batch in batches:
+            model.backward(model.loss(batch, step) / len(batches) / dist.get_world_size())
+        sum_gradients(model)
+        norm = clip(model, model.clip, nn.utils.clip_grad_norm_)
         self.optimizer.step()
-        self.model.zero_grad()
+        model.zero_grad()
         return norm, seen
 
 
@@ -136,8 +133,7 @@ def trains_as_one_process(name: str, runs: Sequence[Run]) -> None:
 
 
 def compare_training(case: type[Case], run: Run) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    reference = Reference(case, run, world)
+    reference = Reference(case, run)
     model = build(case)
     model.prepare()
     names = [list(dict(model.named_parameters())), list(model.state_dict())]
@@ -146,11 +142,11 @@ def compare_training(case: type[Case], run: Run) -> None:
     with pytest.warns(UserWarning, match="1-D slices"):
         assert [list(dict(model.named_parameters())), list(model.state_dict())] == names
     optimizer = model.optimizer(run.optimizer)
-    for step, batches in enumerate(all_batches(case, world)):
+    for step, batches in enumerate(my_batches(case)):
         expected = reference.train(batches, step)
-        found = train(model, optimizer, [micro_batch[rank] for micro_batch in batches], step, run)
+        found = train(model, optimizer, batches, step, run)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
-    assert_same(model, reference.replicas[rank])
+    assert_same(model, reference.model)
     assert any(
         not torch.equal(old, new) for old, new in zip(reference.before, reference.model.parameters(), strict=True)
     ), "nothing was trained, so nothing was shown"
@@ -239,18 +235,17 @@ def train_in(
     precision: mics.Precision, optimizer: str, steps: int, case: str, degrees: tuple[int, int, int]
 ) -> tuple[list[float], float]:
     """The losses of a model trained on one batch, and how far its weights end from those of one process in float32."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     run = Run(degrees, "accumulate", optimizer)
-    reference = Reference(CASES[case], run, world)
+    reference = Reference(CASES[case], run)
     model = mics.shard(build(CASES[case]), run.sharding, units=CASES[case].units, precision=precision)
     trained = model.optimizer(optimizer)
-    batches = all_batches(CASES[case], world)[0]
+    batches = my_batches(CASES[case])[0]
     losses = []
     for step in range(steps):
         with torch.no_grad():
-            losses.append(model.loss(batches[0][rank], step).item())
+            losses.append(model.loss(batches[0], step).item())
         reference.train(batches, step)
-        train(model, trained, [micro_batch[rank] for micro_batch in batches], step, run)
+        train(model, trained, batches, step, run)
     mics.check_replicas(model)
     return losses, farthest(model, reference.model)
 
@@ -267,15 +262,14 @@ class Unclipped(Chain):
 
 def exact_in_float64(optimizer: str) -> float:
     torch.set_default_dtype(torch.float64)
-    rank, world = dist.get_rank(), dist.get_world_size()
     run = Run((2, 2, 4), "accumulate", optimizer)
-    reference = Reference(Unclipped, run, world)
+    reference = Reference(Unclipped, run)
     precision = mics.Precision(torch.float64, torch.float64, torch.float64)
     model = mics.shard(build(Unclipped), run.sharding, precision=precision)
     trained = model.optimizer(optimizer)
-    for step, batches in enumerate(all_batches(Unclipped, world)):
+    for step, batches in enumerate(my_batches(Unclipped)):
         reference.train(batches, step)
-        train(model, trained, [micro_batch[rank] for micro_batch in batches], step, run)
+        train(model, trained, batches, step, run)
     return farthest(model, reference.model)
 
 
@@ -285,20 +279,19 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
     Returns the scale after each step, how far the weights moved in the bad steps, and how far they end from those of a
     process that took the good steps only.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
     run = Run((2, 2, 4), "accumulate", optimizer)
-    reference = Reference(Chain, run, world)
+    reference = Reference(Chain, run)
     precision = mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0, patience=2))
     model = mics.shard(build(Chain), run.sharding, precision=precision)
     trained = model.optimizer(optimizer)
     scaling = registry.runtime_of(model, "the test").scaling
     assert scaling
     scales = []
-    for step, batches in enumerate(all_batches(Chain, world)):
+    for step, batches in enumerate(my_batches(Chain)):
         if step < 2:
-            bad = torch.inf if rank == 1 else 1.0
+            bad = torch.inf if dist.get_rank() == 1 else 1.0
             for micro_batch in mics.accumulate(model, batches):
-                (model.loss(micro_batch[rank], step) * bad).backward()
+                (model.loss(micro_batch, step) * bad).backward()
             if step:
                 mics.clip_grad_norm_(model, 1.0)  # a step is skipped with and without
             trained.step()
@@ -306,7 +299,7 @@ def overflow(optimizer: str) -> tuple[list[float], float, float]:
         else:
             for again in range(4):
                 reference.train(batches, again)
-                train(model, trained, [micro_batch[rank] for micro_batch in batches], again, run)
+                train(model, trained, batches, again, run)
                 scales.append(scaling.scale.item())
         scales.append(scaling.scale.item())
     mics.check_replicas(model)

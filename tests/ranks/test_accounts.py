@@ -33,6 +33,21 @@ def test_calls_and_bytes_on_every_level_equal_the_formula(pool: Pool, per_node: 
             assert account.counted == account.predicted, account.sharding
 
 
+EIGHT_BITS = [
+    Precision.bf16(between_nodes=torch.int8),
+    Precision(torch.float16, between_nodes=torch.float8_e4m3fn, hop1_between_nodes=torch.int8),
+]
+
+
+@pytest.mark.parametrize("precision", EIGHT_BITS if is_deep() else EIGHT_BITS[1:], ids=str)
+def test_bytes_of_eight_bits_equal_the_formula_scales_and_exact_vectors_included(
+    pool: Pool, precision: Precision
+) -> None:
+    for rank in pool.run(8, work.accounts, CHAINS, 2, precision, 2, True, 2):
+        for account in rank:
+            assert account.counted == account.predicted, account.sharding
+
+
 @pytest.mark.parametrize(("reduce", "most"), [(torch.bfloat16, 25), (torch.float32, 34)], ids=str)
 def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: torch.dtype, most: float) -> None:
     """8 ranks to a copy, 4 micro-steps, mixed precision, where FSDP2 moves 77.

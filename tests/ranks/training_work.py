@@ -1,4 +1,4 @@
-"""What test_training.py asks ranks to do: train beside the same model in one process, and compare."""
+"""What test_training.py asks ranks to do: train beside the same model whole, and compare."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from mics_core import registry
 from mics_core.comm import lanes
 from mics_core.comm import world as comm
 from mics_core.unit.unit import ShardedState
+from reference import sum_gradients
 from seeded import seeded
 
 STEPS = 5
@@ -78,10 +79,9 @@ def exact(plan: Plan, widths: list[int], rows: int) -> dict[str, tuple[Tensor, T
         return (model(x) * target).sum()
 
     for number in plan.batches(model):
-        loss(model, dist.get_rank(), number).backward()
-    for number in range(plan.micro_steps):
-        for rank in range(plan.world):
-            loss(alone, rank, number).backward()
+        for each in (model, alone):
+            loss(each, dist.get_rank(), number).backward()
+    sum_gradients(alone)
     # A quarter and a mean over a power of two have few bits, so the weights are exact there.
     torch.optim.SGD(model.parameters(), lr=0.25).step()
     result = {}
@@ -189,6 +189,7 @@ PRECISIONS = {
     "bf16": mics.Precision.bf16(),
     "fp16": mics.Precision.fp16(loss_scale=mics.LossScale(initial=1024.0)),
     "fp16, float16 gradients": mics.Precision.fp16(torch.float16, mics.LossScale(initial=1024.0)),
+    "bf16, int8": mics.Precision.bf16(between_nodes=torch.int8),
 }
 
 
@@ -222,8 +223,8 @@ def train(
     for step in range(STEPS):
         for number in plan.batches(model):
             (loss(model, step, number, dist.get_rank()) / plan.micro_steps).backward()
-            for rank in range(plan.world):
-                (loss(alone, step, number, rank) / plan.micro_steps / plan.world).backward()
+            (loss(alone, step, number, dist.get_rank()) / plan.micro_steps / plan.world).backward()
+        sum_gradients(alone)
         if max_norm is not None:
             norm = mics.clip_grad_norm_(model, max_norm)
             expected = nn.utils.clip_grad_norm_(alone.parameters(), max_norm)

@@ -187,7 +187,7 @@ class Lifecycle:
             self._gatherer.free(unit)
             unit.refreshing.wait()  # a gather or the last refresh may still read or write what is rounded into now
             unit.trained.round_master()
-            self._gatherer.refresh(unit)
+            self._gatherer.refresh(unit, exact=True)
 
     def _to_compute(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._compute) if tensor.is_floating_point() else tensor

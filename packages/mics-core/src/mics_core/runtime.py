@@ -68,7 +68,7 @@ def shard(
     precision = Precision.fp32() if precision is None else precision
     request = Request(sharding, units, precision, ranks_per_node, prefetch_bytes)
     specs, rungs, sharding = agree(model, request, world)
-    sizes = formula(specs, sharding, precision, rungs.topology)
+    sizes = formula(specs, sharding, precision, rungs.topology, world.rank)
     replaced = [weakref.ref(parameter) for parameter in model.parameters()]
     materialize.make_equal(model, world)
 

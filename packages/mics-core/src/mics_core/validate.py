@@ -123,7 +123,7 @@ def _check_request(model: nn.Module, request: Request) -> None:
 
 
 def _checked_units(model: nn.Module, request: Request) -> list[UnitSpec]:
-    units = find(model, request.units)
+    units = [unit.arranged(request.precision) for unit in find(model, request.units)]
     for unit in units:
         for member in (*unit.trained, *unit.frozen):
             if not member.parameter.is_floating_point():

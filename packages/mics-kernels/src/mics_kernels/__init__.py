@@ -7,7 +7,7 @@ from mics_kernels.backend import backend
 from mics_kernels.ops.accumulate import accumulate
 from mics_kernels.ops.adamw import adamw
 from mics_kernels.ops.pack import pack
-from mics_kernels.ops.quantize import dequantize, quantize
+from mics_kernels.ops.quantize import Quantized, dequantize, quantize
 from mics_kernels.ops.square_sum import square_sum
 from mics_kernels.ops.unpack import unpack
 from mics_kernels.rounding import StochasticRounding
@@ -16,6 +16,7 @@ from mics_kernels.segments import Segments
 __version__ = "0.1.0"
 
 __all__ = [
+    "Quantized",
     "Segments",
     "StochasticRounding",
     "accumulate",

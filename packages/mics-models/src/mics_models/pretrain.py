@@ -56,7 +56,7 @@ class Training:
         with torch.device("meta"):  # no rank ever holds the whole model
             model = build(self.config)
         decayed = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
-        precision = getattr(mics.Precision, settings.sharding.precision)()
+        precision = _precision(settings)
         self.compute: torch.dtype = precision.compute
         self.model = mics.shard(
             model,
@@ -165,6 +165,13 @@ def _sharding(settings: Settings, world: int) -> mics.Sharding:
     return mics.Sharding(params, grads, settings.sharding.optimizer or grads)
 
 
+def _precision(settings: Settings) -> mics.Precision:
+    """The dtypes of the work, and of what travels between nodes."""
+    eight_bits = getattr(torch, settings.sharding.between_nodes) if settings.sharding.between_nodes else None
+    chosen: mics.Precision = getattr(mics.Precision, settings.sharding.precision)(between_nodes=eight_bits)
+    return chosen
+
+
 def forecast(settings: Settings, device: torch.device) -> plan.Forecast:
     """What the run will take, before it takes anything."""
     _, world = _place()
@@ -175,7 +182,7 @@ def forecast(settings: Settings, device: torch.device) -> plan.Forecast:
         _sharding(settings, world),
         ranks=world,
         ranks_per_node=_ranks_per_node(settings, world),
-        precision=getattr(mics.Precision, settings.sharding.precision)(),
+        precision=_precision(settings),
     )
     sent: dict[str, int] = {}
     for (_, level), traffic in formula.step(settings.batch.micro_steps).items():

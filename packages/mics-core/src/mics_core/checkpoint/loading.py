@@ -111,8 +111,12 @@ class _Job:
             self._wanted = optimizer_state.wanted(
                 runtime, optimizer, self._weights, dtypes, set(about["single_numbers"])
             )
+        shown = list(model_state.shown(runtime).values())
+        # Else masters are rounded: it was written without `between_nodes`, or in another dtype.
+        self._shown = bool(shown) and all(_has(stored, cut) for cut in shown)
         buffers = {f"model.{name}": buffer for name, buffer in self._buffers.items()}
-        self._fill = stored.planned([*self._weights.values(), *self._wanted.cuts], buffers | self._wanted.wholes)
+        cuts = [*self._weights.values(), *self._wanted.cuts, *(shown if self._shown else ())]
+        self._fill = stored.planned(cuts, buffers | self._wanted.wholes)
 
     def read(self) -> None:
         """Overwrite the masters, the buffers and the optimizer's state."""
@@ -123,7 +127,7 @@ class _Job:
 
     def finish(self) -> None:
         """Bring the weights to where they are used, and let everything go on from there."""
-        model_state.use_loaded(self._runtime)
+        model_state.use_loaded(self._runtime, shown=self._shown)
         if self._optimizer is not None:
             numbers = set(self._stored.manifest.about["python_numbers"])
             self._optimizer.load_state_dict(self._wanted.state_dict(self._settings, numbers))
@@ -131,6 +135,11 @@ class _Job:
             self._runtime.scaling.restore(self._scale)
         restore(self._own["random"], self._runtime.world.device)
         go_on_with(self._runtime, self._stored.manifest.runs)
+
+
+def _has(stored: Stored, cut: Cut) -> bool:
+    entry = stored.tensors.get(str(cut.name))
+    return entry is not None and (tuple(entry.size), entry.properties.dtype) == (cut.shape, cut.local.dtype)
 
 
 def _check_model(

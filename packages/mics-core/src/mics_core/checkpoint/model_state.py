@@ -13,6 +13,7 @@ from mics_core.checkpoint.contents import Cut, Name
 from mics_core.errors import ConfigError
 from mics_core.fingerprint import fingerprint
 from mics_core.registry import Runtime
+from mics_core.unit.shards import Shards
 
 
 def weights(runtime: Runtime) -> dict[str, Cut]:
@@ -21,28 +22,46 @@ def weights(runtime: Runtime) -> dict[str, Cut]:
     for unit in runtime.units:
         for shards in unit.parts:
             shards.check_in_place()
-            degree = runtime.sharding.optimizer if shards.is_trained else runtime.sharding.params
-            at = runtime.ladder.range(shards.layout.size, degree)[0]
-            for slot, (begin, end) in zip(shards.layout.slots, shards.spans, strict=True):
-                cuts[slot.name] = Cut(
-                    Name(("model", slot.name)),
-                    slot.shape,
-                    slot.begin,
-                    shards.layout.size,
-                    shards.master[begin:end],
-                    first=max(0, at - slot.begin),
-                )
+            cuts |= _cuts(runtime, shards, shards.master, "model")
     return cuts
 
 
+def shown(runtime: Runtime) -> dict[str, Cut]:
+    """The weights that forwards compute with, where these follow their masters in eight bits and so are state, too."""
+    trained = [unit.trained for unit in runtime.units if unit.trained.sends_differences]
+    return {name: cut for part in trained for name, cut in _cuts(runtime, part, part.refreshed, "shown").items()}
+
+
+def _cuts(runtime: Runtime, shards: Shards, held: torch.Tensor, state: str) -> dict[str, Cut]:
+    degree = runtime.sharding.optimizer if shards.is_trained else runtime.sharding.params
+    at = runtime.ladder.range(shards.layout.size, degree)[0]
+    return {
+        slot.name: Cut(
+            Name((state, slot.name)),
+            slot.shape,
+            slot.begin,
+            shards.layout.size,
+            held[begin:end],
+            first=max(0, at - slot.begin),
+        )
+        for slot, (begin, end) in zip(shards.layout.slots, shards.spans, strict=True)
+    }
+
+
 @torch.no_grad()
-def use_loaded(runtime: Runtime) -> None:
-    """All masters were overwritten: bring the weights to where gathers start, and drop the gradients."""
+def use_loaded(runtime: Runtime, *, shown: bool) -> None:
+    """All masters were overwritten: bring the weights to where gathers start, and drop the gradients.
+
+    With `shown` those that forwards compute with were loaded, too.
+    """
     runtime.reducer.reset()
     for unit in runtime.units:
         for part in unit.parts:
-            part.round_master()
-        runtime.gatherer.refresh(unit)
+            if shown and part.sends_differences:
+                part.accept_writes()
+            else:
+                part.round_master()
+        runtime.gatherer.refresh(unit, exact=True)
 
 
 def aliases(model: nn.Module) -> dict[str, Name]:

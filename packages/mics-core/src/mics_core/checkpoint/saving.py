@@ -96,13 +96,14 @@ def save(
     checkpoint that was there is replaced. It appears when it is complete, and then the file `latest` beside it names
     it: who is killed at any moment can load the one before. Ranks that hold the same bytes share the writing.
 
-    It holds the master weights, frozen parameters and persistent buffers (each rank's, where they differ), the
-    optimizer's state, the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank,
-    and `extra`, such as `scheduler=scheduler.state_dict()`: tensors, numbers, texts, bytes, and lists, tuples, sets and
-    dictionaries of them, which loading reads without running code. numpy's numbers become Python's; anything else
-    raises. `extra` is the same on all ranks, or None on those where rank 0's is meant: slices of parameters are not, so
-    for an average of weights copy the model before mics.shard, shard both, and save the copy to a path of its own. It
-    holds no gradients, so call it after the step.
+    It holds the master weights (with `between_nodes` also those that forwards compute with, which follow their masters
+    in eight bits), frozen parameters and persistent buffers (each rank's, where they differ), the optimizer's state,
+    the float16 loss scale, the state of torch's, Python's and numpy's random numbers on every rank, and `extra`, such
+    as `scheduler=scheduler.state_dict()`: tensors, numbers, texts, bytes, and lists, tuples, sets and dictionaries of
+    them, which loading reads without running code. numpy's numbers become Python's; anything else raises. `extra` is
+    the same on all ranks, or None on those where rank 0's is meant: slices of parameters are not, so for an average of
+    weights copy the model before mics.shard, shard both, and save the copy to a path of its own. It holds no gradients,
+    so call it after the step.
 
     background: copy what this rank writes to host memory, which it keeps for the next such save, and return while a
         thread writes it. The next save waits for it, and so does the end of the process. A failure is raised by the
@@ -274,7 +275,7 @@ def _check_gradients(runtime: Runtime) -> None:
 
 def _collect(runtime: Runtime, model: nn.Module, optimizer: Optimizer | None, extra: dict[str, Any]) -> Contents:
     weights = model_state.weights(runtime)
-    cuts = list(weights.values())
+    cuts = [*weights.values(), *model_state.shown(runtime).values()]
     wholes = {Name(("model", name)): buffer for name, buffer in model_state.buffers(model, "save").items()}
     objects = {EXTRA: packed(extra, "extra")}
     numbers: frozenset[str] = frozenset()

@@ -61,7 +61,7 @@ def load_weights(source: str | Path | Mapping[str, Tensor], model: nn.Module) ->
         )
     job = together(world, "load_weights", lambda: _Job(runtime, model, given), "looking at the weights")
     together(world, "load_weights", job.read, "reading its part")
-    together(world, "load_weights", lambda: model_state.use_loaded(runtime))
+    together(world, "load_weights", lambda: model_state.use_loaded(runtime, shown=False))
 
 
 @runtime_checkable

@@ -1,13 +1,14 @@
 """What travels between the ranks that meet on one level of a ladder.
 
-A `Group` does two things, both blocking the lane they are called on: `all_gather` puts everyone's piece into one
-buffer, `exchange` brings everyone's part of my piece. On GPUs they are NCCL's all-gather and reduce-scatter. On CPUs
-they are messages between pairs: gloo's own reduce-scatter moves twice the bytes, and its all-gather uses two thirds of
-a link between nodes.
+A `Group` does three things, all blocking the lane they are called on: `all_gather` puts everyone's piece into one
+buffer, `exchange` brings everyone's part of my piece, `swap` brings messages of any lengths. On GPUs the first two are
+NCCL's all-gather and reduce-scatter. All else is messages between pairs: gloo's own reduce-scatter moves twice the
+bytes, and its all-gather uses two thirds of a link between nodes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _TAGS = 1 << 31  # gloo's messages carry one of so many
+
+Messages = Sequence[Sequence[torch.Tensor]]
+"""Some for each rank of a group, or from each; my own are not looked at."""
 
 
 def silent(verb: str, rank: int, place: str, error: BaseException) -> RuntimeError:
@@ -45,6 +49,9 @@ class Group(Protocol):
 
     def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
         """Cut `source` into one part for each rank; return what they sent for me, in their order or summed up."""
+
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        """Send every other rank its messages, and receive those it has for me, which are as long as what is given."""
 
 
 class HostGroup:
@@ -77,21 +84,26 @@ class HostGroup:
         needed = parts[1:].numel() * source.itemsize
         if self._received.numel() < needed:
             self._received = torch.empty(needed, dtype=torch.uint8, device="cpu")
-        arrived = self._received[:needed].view(source.dtype).view(-1, parts.shape[1])
-        self.swap(parts, arrived)
-        return self.in_order(parts, arrived)
+        rows = self.in_order(parts, self._received[:needed].view(source.dtype).view(-1, parts.shape[1]))
+        self.swap([[part] for part in parts], [[row] for row in rows])
+        return rows
 
-    def swap(self, parts: torch.Tensor, arrived: torch.Tensor) -> None:
-        """Send everyone their part, and receive what the others have for me into the rows of `arrived`."""
-        tag = parts[0].nbytes % _TAGS
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        """As of any group."""
         receives = [
-            (other, self._group.recv([row], other, tag)) for other, row in zip(self._others, arrived, strict=True)
+            (other, self._group.recv([message], other, message.nbytes % _TAGS))
+            for other in self._others
+            for message in arriving[other]
         ]
-        sends = [(other, self._group.send([parts[other]], other, tag)) for other in self._others]
+        sends = [
+            (other, self._group.send([message], other, message.nbytes % _TAGS))
+            for other in self._others
+            for message in leaving[other]
+        ]
         self._wait(receives, sends)
 
     def in_order(self, parts: torch.Tensor, arrived: torch.Tensor) -> list[torch.Tensor]:
-        """What `swap` received, and my own part, in the order of the ranks."""
+        """What others send, in the order in which I talk to them, and my own part, in the order of the ranks."""
         arriving = dict(zip(self._others, arrived, strict=True))
         return [arriving.get(index, parts[self.membership.index]) for index in range(len(self.membership.ranks))]
 
@@ -122,3 +134,15 @@ class DeviceGroup:
         mine = source.view(len(self.membership.ranks), -1)[self.membership.index]
         _reduce_scatter(mine, source, group=self._group)  # NCCL takes the output inside the input
         return [mine]
+
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        """As of any group."""
+        operations = [
+            dist.P2POp(verb, message, rank, self._group)
+            for verb, messages in ((dist.irecv, arriving), (dist.isend, leaving))
+            for index, rank in enumerate(self.membership.ranks)
+            if index != self.membership.index
+            for message in messages[index]
+        ]
+        for work in dist.batch_isend_irecv(operations):  # one launch; only the stream waits
+            work.wait()

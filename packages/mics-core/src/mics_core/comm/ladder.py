@@ -11,6 +11,9 @@ With 2 ranks a node, 8 ranks and Sharding(2, 2, 8) the rungs are 1, 2 and 8:
 Both directions work in place: my piece at a degree is a range of my piece at any lower one. Above O all ranks need the
 same sum: it goes up to the top, where each rank adds up a piece, and down again (sync).
 
+Between nodes a transfer may travel in eight bits (parcel.py). Gradients are rounded by whoever sends them, and summed
+where they arrive. A gather is rounded by the owner alone, who takes the rounded one, too: all hold the same bits.
+
 A way with levels inside and between nodes has two legs, one lane each: while one unit is between nodes, another is
 inside them. On the top level's side of the border of a node hop 2 and refresh share one lane, `slow`: a group costs
 sockets or GPU memory, and a refresh begins after hop 2 has ended.
@@ -28,11 +31,12 @@ import torch
 from mics_core.comm.counters import Counters
 from mics_core.comm.groups import Group
 from mics_core.comm.lanes import DONE, Lane, Work
+from mics_core.comm.parcel import Addends, Parcel, Room, add_up
 from mics_core.comm.transfer_order import TransferOrder
 from mics_core.comm.world import World
+from mics_core.spec.eight_bits import EightBits
 from mics_core.spec.sharding import Sharding
 from mics_core.spec.topology import Rungs, Scope
-from mics_kernels import accumulate
 
 
 class Route(Enum):
@@ -44,7 +48,7 @@ class Route(Enum):
     REFRESH = "sync, refresh"
 
 
-Addition = Callable[[list[torch.Tensor]], None]
+Addition = Callable[[Addends], None]
 
 
 def lane_name(rungs: Rungs, route: Route, scope: Scope) -> str:
@@ -62,6 +66,15 @@ class Transfer:
     action: str
     low: int
     high: int
+    form: EightBits | None = None  # in which it travels between nodes; None: as it is
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What an all-gather in eight bits does at its ends."""
+
+    fill: Callable[[Parcel], None]  # from my piece
+    take: Callable[[torch.Tensor, Parcel], None]  # what came, into the part of `out` that it is for
 
 
 class Ladder:
@@ -76,6 +89,7 @@ class Ladder:
         self._names = [rungs.name(level) for level in rungs.levels(1, world.size)]
         self._lanes: dict[tuple[Route, Scope], tuple[str, Lane]] = {}
         self._groups: dict[tuple[Route, int], Group] = {}
+        self._rooms: dict[str, Room] = {}  # by lane
         spans = {
             Route.GATHER: (1, sharding.params),
             Route.HOP1: (1, sharding.grads),
@@ -90,6 +104,7 @@ class Ladder:
                 # A late gather stops the computation, and a late hop 1 the ring of buffers; the others have time.
                 urgent = route in (Route.GATHER, Route.HOP1)
                 self._lanes[route, scope] = lane, world.lane(lane, urgent=urgent)
+                self._rooms[lane] = Room(world.device)
                 self._groups[route, level] = world.group(
                     rungs.members(self.rank, level), f"{self._names[level]}, {name}"
                 )
@@ -120,18 +135,26 @@ class Ladder:
             buffer = mine
 
         def last() -> None:
-            add(self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
+            add(self.reduce_scatter(transfer, buffer, low, high))
 
         return self.submit(transfer.route, self.scope_above(low), transfer.what, last, after)
 
     def all_gather_async(
-        self, transfer: Transfer, piece: torch.Tensor, out: torch.Tensor, after: Sequence[Work] = ()
+        self,
+        transfer: Transfer,
+        piece: torch.Tensor,
+        out: torch.Tensor,
+        after: Sequence[Work] = (),
+        coding: Coding | None = None,
     ) -> Work:
         """Hand an all-gather to its lanes: `out`, my piece at the lower degree, from everyone's at the higher one."""
         work: Work = DONE
         for low, high in reversed(self.rungs.legs(transfer.low, transfer.high)):
             begin, end = self.range(out.numel() * transfer.low, low, within=transfer.low)
-            job = partial(self.all_gather, transfer.route, transfer.action, piece, out[begin:end], low, high)
+            if coding is not None and self.in_eight_bits(transfer, low):
+                job = partial(self._all_gather_coded, transfer, coding, out[begin:end], low, high)
+            else:
+                job = partial(self.all_gather, transfer, piece, out[begin:end], low, high)
             work = self.submit(transfer.route, self.scope_above(low), transfer.what, job, after)
             piece, after = out[begin:end], [work]
         return work
@@ -154,46 +177,82 @@ class Ladder:
 
     # ---- on a lane
 
-    def all_gather(
-        self, route: Route, action: str, piece: torch.Tensor, out: torch.Tensor, low: int, high: int
-    ) -> None:
+    def all_gather(self, transfer: Transfer, piece: torch.Tensor, out: torch.Tensor, low: int, high: int) -> None:
         """Gather my piece at `low`, `out`, from everyone's at `high`; `piece`, mine there, may lie in `out`."""
         for level in reversed(self.rungs.levels(low, high)):
             begin, end = self.range(out.numel() * low, self.rungs.degrees[level], within=low)
-            self._count(action, level, piece)
+            self._count(transfer, level, self._peers(level) * piece.nbytes)
             # The pieces of a level's ranks lie side by side in the order of the ranks, so nothing is rearranged.
-            self._groups[route, level].all_gather(out[begin:end], piece)
+            self._groups[transfer.route, level].all_gather(out[begin:end], piece)
             piece = out[begin:end]
 
-    def reduce_scatter(
-        self, route: Route, action: str, buffer: torch.Tensor, low: int, high: int
-    ) -> list[torch.Tensor]:
+    def _all_gather_coded(self, transfer: Transfer, coding: Coding, out: torch.Tensor, low: int, high: int) -> None:
+        form, size = transfer.form, out.numel() * low
+        assert form is not None
+        (whole,) = self._room(transfer, low).parcels(form, [self.range(size, low)])
+        mine = whole.part(*self.range(size, high))
+        coding.fill(mine)
+        self._counters.moved("quantize", mine.nbytes + (mine.end - mine.begin) * 2 * out.itemsize)
+        for level in reversed(self.rungs.levels(low, high)):
+            group = self._groups[transfer.route, level]
+            parts = _cut(whole.part(*self.range(size, self.rungs.degrees[level])), len(group.membership.ranks))
+            leaving = parts[group.membership.index].tensors()
+            self._count(transfer, level, self._peers(level) * parts[group.membership.index].nbytes)
+            group.swap([leaving] * len(parts), [part.tensors() for part in parts])
+        self._counters.added(out, [whole], overwrite=False)
+        coding.take(out, whole)
+
+    def reduce_scatter(self, transfer: Transfer, buffer: torch.Tensor, low: int, high: int) -> Addends:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return the addends of mine.
 
         The last addition is left to the caller, who knows where the sum is wanted. Overwrites `buffer`.
         """
-        addends = [buffer]
+        addends: Addends = [buffer]
         for level in self.rungs.levels(low, high):
             self._add(buffer, addends)
-            group = self._groups[route, level]
-            addends = group.exchange(buffer)
-            buffer = buffer.view(len(group.membership.ranks), -1)[group.membership.index]
-            self._count(action, level, buffer)
+            group, below = self._groups[transfer.route, level], self.rungs.degrees[level]
+            mine = buffer.view(len(group.membership.ranks), -1)[group.membership.index]
+            if self.in_eight_bits(transfer, below):
+                addends = self._exchange_coded(transfer, group, buffer, level)
+            else:
+                addends = group.exchange(buffer)
+                self._count(transfer, level, self._peers(level) * mine.nbytes)
+            buffer = mine
+        return addends
+
+    def _exchange_coded(self, transfer: Transfer, group: Group, buffer: torch.Tensor, level: int) -> list[Parcel]:
+        form, degree = transfer.form, self.rungs.degrees[level]
+        assert form is not None
+        size, index = buffer.numel() * degree, group.membership.index
+        mine = self.range(size, self.rungs.degrees[level + 1])
+        ranges = [self.range(size, degree), *[mine] * self._peers(level)]
+        whole, *arriving = self._room(transfer, degree).parcels(form, ranges)
+        whole.fill(buffer)
+        self._counters.moved("quantize", buffer.nbytes + whole.nbytes)
+        parts = _cut(whole, len(group.membership.ranks))
+        addends = [*arriving[:index], parts[index], *arriving[index:]]
+        self._count(transfer, level, whole.nbytes - parts[index].nbytes)
+        group.swap([part.tensors() for part in parts], [addend.tensors() for addend in addends])
         return addends
 
     def _reduce_scatter_into(
         self, transfer: Transfer, buffer: torch.Tensor, mine: torch.Tensor, low: int, high: int
     ) -> None:
-        self._add(mine, self.reduce_scatter(transfer.route, transfer.action, buffer, low, high))
+        self._add(mine, self.reduce_scatter(transfer, buffer, low, high))
 
-    def _add(self, mine: torch.Tensor, addends: list[torch.Tensor]) -> None:
+    def _add(self, mine: torch.Tensor, addends: Addends) -> None:
         if len(addends) > 1:
             self._counters.reduced(mine, addends)
-            accumulate(mine, addends, overwrite=True)
+            add_up(mine, addends, overwrite=True)
 
-    def _count(self, action: str, level: int, piece: torch.Tensor) -> None:
-        below, above = self.rungs.degrees[level : level + 2]
-        self._counters.sent(action, self._names[level], (above // below - 1) * piece.nbytes)
+    def _count(self, transfer: Transfer, level: int, sent: int) -> None:
+        self._counters.sent(transfer.action, self._names[level], sent)
+
+    def _peers(self, level: int) -> int:
+        return self.rungs.degrees[level + 1] // self.rungs.degrees[level] - 1
+
+    def _room(self, transfer: Transfer, degree: int) -> Room:
+        return self._rooms[self._lanes[transfer.route, self.scope_above(degree)][0]]
 
     # ---- a few numbers
 
@@ -231,3 +290,16 @@ class Ladder:
     def scope_above(self, degree: int) -> Scope:
         """What the level from this degree upwards crosses."""
         return self.rungs.scope(self.rungs.degrees.index(degree))
+
+    def crosses_nodes(self, low: int, high: int) -> bool:
+        """Whether any level between two degrees does."""
+        return any(self.rungs.scope(level) is Scope.INTER for level in self.rungs.levels(low, high))
+
+    def in_eight_bits(self, transfer: Transfer, degree: int) -> bool:
+        """Whether the transfer travels so from this degree upwards."""
+        return transfer.form is not None and self.scope_above(degree) is Scope.INTER
+
+
+def _cut(parcel: Parcel, parts: int) -> list[Parcel]:
+    length = (parcel.end - parcel.begin) // parts
+    return [parcel.part(parcel.begin + turn * length, parcel.begin + (turn + 1) * length) for turn in range(parts)]

@@ -15,7 +15,7 @@ from enum import Enum
 import torch
 
 from mics_core.comm.counters import Counters
-from mics_core.comm.groups import Group, Membership
+from mics_core.comm.groups import Group, Membership, Messages
 from mics_core.comm.lanes import DONE, Lane, StreamLane, Work
 from mics_core.comm.questions import Answers
 from mics_core.comm.world import World
@@ -155,6 +155,18 @@ class RecordedGroup:
         if not source.is_meta:
             mine.copy_(parts.sum(0))
         return [mine]
+
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        """As of any group; where what leaves for a rank differs in length, the program has the mean of them."""
+        others = [other for other in range(len(self.membership.ranks)) if other != self.membership.index]
+        count = sum(message.nbytes for other in others for message in leaving[other]) // len(others)
+        for other in others:
+            for into, given in zip(arriving[other], leaving[other], strict=False):
+                if not into.is_meta:
+                    length = min(len(into), len(given))
+                    into[:length].copy_(given[:length])
+                    into[length:].zero_()
+        self._program.add(Kind.SEND, "swap", count, self.membership.ranks)
 
 
 class RecordedCounters(Counters):

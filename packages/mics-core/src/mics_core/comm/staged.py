@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from mics_core.comm.first_cause import blamed, failed
-from mics_core.comm.groups import HostGroup, Membership
+from mics_core.comm.groups import HostGroup, Membership, Messages
 from mics_core.comm.lanes import HostLane, HostWork, StreamLane, Work
 from mics_core.errors import ConfigError
 
@@ -237,13 +237,28 @@ class StagedGroup:
     def exchange(self, source: torch.Tensor) -> list[torch.Tensor]:
         """As of any group: everyone's part, in the order of the ranks, so that sums are those of a CPU's ranks."""
         parts = source.view(len(self.membership.ranks), -1)
-        received = torch.empty_like(parts[1:])
-        slot = self._room(source.nbytes + received.nbytes)
-        leaving = slot[: source.nbytes].view(parts.shape[0], -1)
-        coming = slot[source.nbytes :].view(parts.shape[0] - 1, -1)
-        out, back = [(leaving.view(-1), _bytes(source))], [(_bytes(received).view_as(coming), coming)]
-        self._travel(partial(self._host.swap, leaving, coming), out, back, coming)
-        return self._host.in_order(parts, received)
+        rows = self._host.in_order(parts, torch.empty_like(parts[1:]))
+        self.swap([[_bytes(part)] for part in parts], [[_bytes(row)] for row in rows])
+        return rows
+
+    def swap(self, leaving: Messages, arriving: Messages) -> None:
+        """As of any group."""
+        others = [other for other in range(len(self.membership.ranks)) if other != self.membership.index]
+        there = {id(message): message for other in others for message in leaving[other]}  # one may be for several
+        here = {id(message): message for other in others for message in arriving[other]}
+        slot = self._room(sum(message.nbytes for message in (*there.values(), *here.values())))
+        staged = dict(
+            zip((*there, *here), slot.split([m.numel() for m in (*there.values(), *here.values())]), strict=True)
+        )
+        talk = partial(
+            self._host.swap,
+            [[staged.get(id(message), message) for message in messages] for messages in leaving],
+            [[staged.get(id(message), message) for message in messages] for messages in arriving],
+        )
+        out = [(staged[key], message) for key, message in there.items()]
+        back = [(message, staged[key]) for key, message in here.items()]
+        came = slot[sum(message.numel() for message in there.values()) :]
+        self._travel(talk, out, back, came)
 
     def settle(self, most: int) -> None:
         """Wait until at most so many transfers are under way; raises what the device has failed with."""

@@ -134,7 +134,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, unit: Unit, state: _State, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
         shards = unit.trained
-        weights = None if shards.master is shards.refreshed else shards.refreshed
+        weights = shards.to_round_into
         for run in self._runs(unit, state):
             for member in run.members:
                 state.steps[member] += 1

@@ -62,7 +62,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
         for runtime in _runtimes(optimizer):
             present = stepping.settle(runtime, "step")
             for unit in present:
-                unit.trained.round_master()
+                unit.trained.end_step()
                 runtime.gatherer.refresh(unit)
             stepping.end(runtime, present)
 

@@ -61,7 +61,7 @@ class Collectives:
         return Ring(ranks, min(ranks, max(1, self._per_node // degree)))
 
     def send(self, collective: str, peers: Sequence[int], piece: float) -> Move:
-        """A "gather" or "reduce" of rank 0 and its peers, in which each rank sends `piece` bytes to each other one.
+        """A "gather", "reduce" or "swap" of rank 0 and its peers, in which each rank sends `piece` bytes to each other.
 
         Where the ladder was told of smaller nodes than there are, they may be inside and between nodes at once.
         """
@@ -69,10 +69,11 @@ class Collectives:
         count = (len(peers) - 1) * piece
         link = self.cluster.inter if away else self.cluster.intra
         place = "inter" if away else "intra"
-        rows = link.tables.get((collective, len(peers)))
+        pairs = self.cluster.transport is Transport.GLOO  # talk at once; else a ring does
+        rows = link.tables.get(("gather" if pairs and collective == "swap" else collective, len(peers)))
         if rows and away in (0, len(peers) - 1):
             return Move(place, interpolate(rows, count))
-        at_once = self.cluster.transport is Transport.GLOO  # every pair talks; else a ring does
+        at_once = pairs or collective == "swap"
         latency = link.latency if at_once else self._hops(self._around(peers))
         if away:
             return Move(place, self._per_node * away * piece / link.bandwidth, latency)

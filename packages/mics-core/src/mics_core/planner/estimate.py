@@ -18,7 +18,7 @@ from mics_core.planner.candidate import Candidate, System
 from mics_core.planner.cluster import Cluster, Transport
 from mics_core.planner.collectives import Collectives, Move
 from mics_core.planner.memory import formula_of
-from mics_core.spec.formula import Formula
+from mics_core.spec.formula import Formula, UnitSize
 
 if TYPE_CHECKING:
     from mics_core.planner.workload import Workload
@@ -85,20 +85,25 @@ class _Transfers:
         self._sums_itself = collectives.cluster.transport is Transport.GLOO  # else the collective does
         self.of = lru_cache(None)(self._of)
 
-    def _of(self, action: str, size: int) -> dict[str, list[Move]]:
+    def _of(self, action: str, size: UnitSize) -> dict[str, list[Move]]:
         found: dict[str, list[Move]] = defaultdict(list)
         rungs, levels = self._formula.rungs, self._formula.sends(action, size)
-        collective = "reduce" if action.startswith("hop") else "gather"
-        for level, piece in levels:
+        sums = action.startswith("hop")
+        for level, sent in levels:
             peers, scope = rungs.members(0, level), rungs.scope(level)
+            piece, coded = sent / (len(peers) - 1), self._formula.form(action, size, level) is not None
+            collective = "swap" if coded else "reduce" if sums else "gather"
             moves = found[f"{lane_name(rungs, _ROUTES[action], scope)}, {scope.value}"]
             moves.append(self._collectives.send(collective, peers, piece))
-            if collective == "reduce" and (self._sums_itself or level == levels[-1][0]):
-                parts = len(peers) if self._sums_itself else 1
+            itself = self._sums_itself or coded
+            if sums and (itself or level == levels[-1][0]):
+                parts = len(peers) if itself else 1
                 moves.append(Move(None, self._collectives.memory((parts + 1) * piece)))
+            if coded:  # read in 16 or 32 bits, and written in 8, or the other way
+                moves.append(Move(None, self._collectives.memory(4 * len(peers) * piece)))
         return dict(found)
 
-    def seconds(self, action: str, size: int) -> float:
+    def seconds(self, action: str, size: UnitSize) -> float:
         """From the beginning of a transfer to its end, if nothing is in its way."""
         return sum(move.busy + move.latency for moves in self.of(action, size).values() for move in moves)
 
@@ -124,25 +129,26 @@ class Estimates:
         again, optimizer = candidate.micro_steps - 1, candidate.sharding.optimizer
         for unit, times in ((self._root, 1), *self._units.items()):
             trained = unit.size.trained
-            hop1 = transfers.of("hop 1", trained)
+            hop1 = transfers.of("hop 1", unit.size)
             work = arithmetic.unit(unit, root=unit is self._root)
             backward = work.backward + work.host + arithmetic.pack(trained, travels=bool(hop1), first=True)
             update = arithmetic.norm(trained // optimizer) + arithmetic.update(trained // optimizer)
             first.compute += times * (update + work.forward + work.host)
             between.compute += times * again * (backward + work.forward + work.host)
             last.compute += times * backward
-            first.send(transfers.of("refresh", trained), times)
+            first.send(transfers.of("refresh", unit.size), times)
             between.send(hop1, times * again)
             for action in ("hop 1", "hop 2", "sync"):
-                last.send(transfers.of(action, trained), times)
-        parts = ((first, self._forward, 1), (between, self._again, again), (gathers, self._backward, 1))
-        for phase, sizes, times in parts:
+                last.send(transfers.of(action, unit.size), times)
+        phases = ((first, self._forward, 1), (between, self._again, again), (gathers, self._backward, 1))
+        for phase, sizes, times in phases:
             for size, count in sizes.items():
-                for elements in (size.trained, size.frozen):
-                    phase.send(transfers.of("gather", elements), times * count)
+                parts = (UnitSize(size.trained, 0), UnitSize(size.frozen, 0))
+                for part in parts:
+                    phase.send(transfers.of("gather", part), times * count)
                 if not candidate.prefetch_units:  # computation stands still until the longer one is there
-                    longer = max(size.trained, size.frozen)
-                    phase.compute += times * count * transfers.seconds("gather", longer)
+                    longer = max(transfers.seconds("gather", part) for part in parts)
+                    phase.compute += times * count * longer
         # Gathers of the last backward may begin before it, so that the least of it is without them.
         least = first.least() + between.compute + last.least()
         whole = first + between + last + gathers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import fill
 
@@ -38,6 +39,7 @@ class Plan:
     best: tuple[Row, ...]  # simulated, the choice first
     losers: tuple[Loser, ...]  # of every sharding its best candidate
     advice: str
+    eight_bits: str = ""  # what they would bring between nodes; empty where nothing would travel in them
 
     @property
     def chosen(self) -> Candidate:
@@ -134,6 +136,8 @@ class Plan:
             "batch.seq": self.workload.tokens_per_sample,
             "model.config.checkpoint_blocks": str(self.recompute).lower(),
         }
+        if self.precision.between_nodes is not None:
+            settings["sharding.between_nodes"] = str(self.precision.between_nodes).removeprefix("torch.")
         if self.chosen.prefetch_units != 1:
             ahead = self.chosen.prefetch_units * _largest(self.workload, self.precision)
             settings["sharding.prefetch_mb"] = -(-ahead // 10**6)
@@ -151,6 +155,7 @@ class Plan:
             ("recompute", "yes: units' forwards again in backwards" if chosen.recompute else "no"),
             ("ahead", f"{chosen.prefetch_units} x the largest unit's bytes, gathered before they are used"),
             ("reduce", f"{_short(chosen.precision.reduce)}: gradients travel in it"),
+            *([("int8", self.eight_bits)] if self.eight_bits else ()),
             (
                 "step",
                 f"{duration(told.seconds)}, of which {duration(told.exposed)} exposed: computation waits for links",
@@ -225,11 +230,19 @@ def _largest(workload: Workload, precision: Precision) -> int:
 
 
 def _precision(precision: Precision) -> str:
-    if precision == Precision.fp32():
-        return "mics.Precision.fp32()"
-    if precision.compute in (torch.bfloat16, torch.float16) and precision.master == torch.float32:
-        return f"mics.Precision.{_SHORT[precision.compute]}(reduce={precision.reduce})"
-    return f"mics.Precision({precision.compute}, {precision.reduce}, {precision.master})"
+    more = {"between_nodes": precision.between_nodes, "hop1_between_nodes": precision.hop1_between_nodes}
+    asked = {name: dtype for name, dtype in more.items() if dtype is not None}
+    if (asked.keys() | {"exact"} if precision.exact else asked.keys()) <= {"between_nodes"}:
+        if precision.compute == precision.reduce == precision.master == torch.float32:
+            return f"mics.Precision.fp32({_words(asked)})"
+        if precision.compute in (torch.bfloat16, torch.float16) and precision.master == torch.float32:
+            return f"mics.Precision.{_SHORT[precision.compute]}({_words({'reduce': precision.reduce} | asked)})"
+    words = {name: getattr(precision, name) for name in ("compute", "reduce", "master")} | asked
+    return f"mics.Precision({_words(words | ({'exact': precision.exact} if precision.exact else {}))})"
+
+
+def _words(given: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -116,13 +116,15 @@ class _UnitStandIn(nn.Module):
     def __init__(self, program: Program, number: int, size: UnitSize) -> None:
         super().__init__()
         self._program, self._number = program, number
-        for trained, elements in ((True, size.trained), (False, size.frozen)):
-            if elements:
-                weight = nn.Parameter(torch.empty(elements, device=META), requires_grad=trained)
-                self.register_parameter("trained" if trained else "frozen", weight)
+        # What has two dimensions may travel in eight bits.
+        shapes = {"matrix": (1, size.trained - size.exact), "vector": (size.exact,), "frozen": (size.frozen,)}
+        for name, shape in shapes.items():
+            if shape[-1]:
+                weight = nn.Parameter(torch.empty(shape, device=META), requires_grad=name != "frozen")
+                self.register_parameter(name, weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [getattr(self, name) for name in ("trained", "frozen") if name in self._parameters]
+        weights = [getattr(self, name) for name in self._parameters]
         result: Tensor = _Compute.apply(self._program, self._number, x, *weights)  # type: ignore[no-untyped-call]
         return result
 

@@ -13,6 +13,7 @@ from mics_core.errors import ConfigError
 from mics_core.planner.advice import advise, cluster_that_fits
 from mics_core.planner.candidate import Candidate
 from mics_core.planner.cluster import Cluster
+from mics_core.planner.eight_bits import weigh
 from mics_core.planner.estimate import Estimate, Estimates
 from mics_core.planner.memory import Memory, memory
 from mics_core.planner.plan_table import Plan
@@ -59,8 +60,9 @@ def plan(
     model: may be on the meta device, and is not changed; or what `trace` found of one.
     global_batch: samples of an optimizer step, of all ranks.
     sample: what the model is called with, as for `trace`; or `seq`, for a model of tokens and their targets.
-    units, precision: as for `mics.shard`. Of several precisions the fastest is taken; they may differ in `reduce`
-        alone, and changing that changes the training's rounding, so by default there is one.
+    units, precision: as for `mics.shard`. Of several precisions the fastest is taken; they may differ in `reduce`,
+        `between_nodes` and `hop1_between_nodes` alone, and changing these changes the training's rounding, so by
+        default there is one. What torch.int8 between nodes would bring to the choice is said, and never chosen.
     recompute: whether units' forwards are computed again in backwards; None chooses. It is the model's part to do it.
 
     Among shardings that take the same time within 1 % one is chosen that leaves 5 % of the memory free, then one that
@@ -101,7 +103,9 @@ def plan(
     slower = [loser(row.candidate, row.memory, winner, cluster, row.prediction.seconds) for row in others]
     unseen = [loser(each.candidate, each.memory, winner, cluster, each.estimate.least, least=True) for each in rest]
     best = (winner, *others)
-    return Plan(workload, cluster, best, (*slower, *unseen, *losers), advise(best, cluster))
+    return Plan(
+        workload, cluster, best, (*slower, *unseen, *losers), advise(best, cluster), weigh(workload, winner, cluster)
+    )
 
 
 def tokens_for(model: nn.Module, seq: int | None) -> Mapping[str, torch.Tensor]:
@@ -130,8 +134,8 @@ def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[P
     right = bool(several) and all(isinstance(each, Precision) for each in several)
     if not right or len({(each.compute, each.master) for each in several}) != 1:
         raise ConfigError(
-            f"plan: precision is {precision!r}, expected one mics.Precision, or several that differ in reduce alone: "
-            "plan for each compute dtype apart"
+            f"plan: precision is {precision!r}, expected one mics.Precision, or several that differ in what travels "
+            "alone: plan for each compute dtype apart"
         )
     return several
 

@@ -10,10 +10,10 @@ from itertools import pairwise
 from torch import nn
 
 from mics_core.errors import ConfigError
-from mics_core.spec.layout import Layout
+from mics_core.spec.eight_bits import EightBits, Forms
 from mics_core.spec.sharding import Precision, Sharding
-from mics_core.spec.topology import Rungs, Topology
-from mics_core.spec.units import Member, UnitRule, UnitSpec, find
+from mics_core.spec.topology import Rungs, Scope, Topology
+from mics_core.spec.units import UnitRule, UnitSpec, find, lay_out
 
 
 @dataclass
@@ -30,6 +30,7 @@ class UnitSize:
 
     trained: int
     frozen: int
+    exact: int = 0  # of the trained ones, the last so many, which never travel in eight bits
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Formula:
     rungs: Rungs
     root: UnitSize
     units: tuple[UnitSize, ...]  # without the root, in the order of use
+    rank: int = 0  # whose: in eight bits those with exact elements send more
 
     def step(self, micro_steps: int, *, marked: bool = True) -> dict[tuple[str, str], Traffic]:
         """What one rank sends in one optimizer step; `marked` if the micro-steps came from `accumulate`.
@@ -50,17 +52,16 @@ class Formula:
         traffic: dict[tuple[str, str], Traffic] = defaultdict(Traffic)
         for unit, gathers in self._gathers(micro_steps, marked=marked):
             times = {"gather": gathers, "hop 1": micro_steps, "hop 2": 1, "sync": 1, "refresh": 1}
-            moved = [(action, unit.trained) for action in times] + [("gather", unit.frozen)]
+            moved = [(action, unit) for action in times] + [("gather", UnitSize(unit.frozen, 0))]
             for action, size in moved:
-                for level, piece in self.sends(action, size):
-                    below, above = self.rungs.degrees[level : level + 2]
+                for level, sent in self.sends(action, size):
                     entry = traffic[action, self.rungs.name(level)]
                     entry.calls += times[action]
-                    entry.bytes += times[action] * (above // below - 1) * piece
+                    entry.bytes += times[action] * sent
         return {key: value for key, value in traffic.items() if value.calls}
 
-    def sends(self, action: str, size: int) -> list[tuple[int, int]]:
-        """The levels that an action takes a unit's buffer over, and the bytes that a rank sends to each peer there."""
+    def sends(self, action: str, size: UnitSize) -> list[tuple[int, int]]:
+        """The levels that an action takes a unit's trained buffer over, and the bytes that the rank sends there."""
         p, g, o, world = (*self.degrees, self.rungs.degrees[-1])
         low, high, dtype = {
             "gather": (1, p, self.precision.compute),
@@ -69,8 +70,32 @@ class Formula:
             "sync": (o if g < world else world, world, self.precision.reduce),
             "refresh": (p, o, self.precision.compute),
         }[action]
-        levels = self.rungs.levels(low, high) if size else range(0)
-        return [(level, size // self.rungs.degrees[level + 1] * dtype.itemsize) for level in levels]
+        sent = []
+        for level in self.rungs.levels(low, high) if size.trained else ():
+            below, above = self.rungs.degrees[level : level + 2]
+            form = self.form(action, size, level)
+            if form is None:
+                sent.append((level, (above // below - 1) * (size.trained // above) * dtype.itemsize))
+            else:
+                sent.append((level, self._sends_coded(form, action, size.trained, below, above)))
+        return sent
+
+    def form(self, action: str, size: UnitSize, level: int) -> EightBits | None:
+        """How a level carries it; None: as it is."""
+        forms = Forms.of(self.precision, size.trained - size.exact)
+        found = {"hop 1": forms.hop1, "hop 2": forms.hop2, "sync": forms.hop2, "refresh": forms.refresh}
+        return found.get(action) if self.rungs.scope(level) is Scope.INTER else None
+
+    def _sends_coded(self, form: EightBits, action: str, size: int, below: int, above: int) -> int:
+        mine = self._coded(form, size, above)
+        if action.startswith("hop"):
+            return self._coded(form, size, below) - mine  # to each peer its own part
+        return (above // below - 1) * mine  # mine to each
+
+    def _coded(self, form: EightBits, size: int, degree: int) -> int:
+        length = size // degree
+        begin = self.rungs.piece_number(self.rank, degree) * length
+        return form.nbytes(begin, begin + length)
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -105,16 +130,37 @@ class Formula:
         What arrives is summed out of place on CPUs only: NCCL does that itself.
         """
         reduce = self.precision.reduce.itemsize
-        g, world = self.sharding.grads, self.rungs.degrees[-1]
+        g, world, node = self.sharding.grads, self.rungs.degrees[-1], self.rungs.topology.ranks_per_node
         largest = max(unit.trained for unit in (self.root, *self.units))
-        wires = len(self.rungs.legs(g, world)) if self.precision.reduce != self.precision.master and g < world else 0
+        parcels = self._parcels()
+        direct = "hop 2" in parcels and g >= node  # rounded to eight bits from the sum itself
+        wires = 0 if direct or self.precision.reduce == self.precision.master else len(self.rungs.legs(g, world))
+        summed = [
+            (below, above)
+            for level, (below, above) in enumerate(pairwise(self.rungs.degrees))
+            if self.rungs.scope(level) is Scope.INTRA or ("hop 1" if above <= g else "hop 2") not in parcels
+        ]
         return {
             "staging": 2 * largest * reduce if g > 1 else 0,
-            "wire": wires * (largest // g) * reduce,
-            "received": sum(
-                (above // below - 1) * (largest // above) * reduce for below, above in pairwise(self.rungs.degrees)
-            ),
+            "wire": wires * (largest // g) * reduce if g < world else 0,
+            "received": sum((above // below - 1) * (largest // above) * reduce for below, above in summed),
+            "parcels": sum(parcels.values()),
         }
+
+    def _parcels(self) -> dict[str, int]:
+        """Bytes that lanes keep for what travels in eight bits: hop 1's, and the one of all that comes once a step."""
+        largest = max((self.root, *self.units), key=lambda unit: unit.trained)
+        needed: dict[str, int] = {}
+        for action in ("hop 1", "hop 2", "sync", "refresh"):
+            for level, _ in self.sends(action, largest):
+                form = self.form(action, largest, level)
+                if form is not None and action not in needed:  # the lowest such level has the longest pieces
+                    below, above = self.rungs.degrees[level : level + 2]
+                    arriving = (above // below - 1) * form.nbytes(0, largest.trained // above)
+                    needed[action] = form.nbytes(0, largest.trained // below)
+                    needed[action] += arriving if action.startswith("hop") else 0
+        once = max((count for action, count in needed.items() if action != "hop 1"), default=0)
+        return {action: needed[action] if action == "hop 1" else once for action in needed if action[:3] == "hop"}
 
     def memory(self) -> int:
         """Bytes that one rank holds at most, activations apart."""
@@ -134,15 +180,17 @@ class Formula:
             yield unit, 2 * micro_steps - kept
 
 
-def formula(units: Sequence[UnitSpec], sharding: Sharding, precision: Precision, topology: Topology) -> Formula:
+def formula(
+    units: Sequence[UnitSpec], sharding: Sharding, precision: Precision, topology: Topology, rank: int = 0
+) -> Formula:
     """Of a model that was cut into these units; the sharding is resolved."""
 
-    def elements(members: tuple[Member, ...]) -> int:
-        shapes = [(member.name, tuple(member.parameter.shape)) for member in members]
-        return Layout.plan(shapes, topology.world).size
+    def size(unit: UnitSpec) -> UnitSize:
+        trained = lay_out(unit.trained, topology.world, precision)
+        return UnitSize(trained.size, lay_out(unit.frozen, topology.world).size, trained.size - trained.exact)
 
-    root, *others = (UnitSize(elements(unit.trained), elements(unit.frozen)) for unit in units)
-    return Formula(sharding, precision, Rungs.of(sharding, topology), root, tuple(others))
+    root, *others = map(size, units)
+    return Formula(sharding, precision, Rungs.of(sharding, topology), root, tuple(others), rank)
 
 
 def forecast(
@@ -162,7 +210,8 @@ def forecast(
     precision = Precision.fp32() if precision is None else precision
     check_kinds("forecast", model, sharding, precision)
     resolved = sharding.resolve(ranks)
-    return formula(find(model, units), resolved, precision, Topology(ranks, ranks_per_node))
+    found = [unit.arranged(precision) for unit in find(model, units)]
+    return formula(found, resolved, precision, Topology(ranks, ranks_per_node))
 
 
 def check_kinds(caller: str, model: object, sharding: object, precision: object) -> None:

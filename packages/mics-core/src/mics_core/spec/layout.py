@@ -13,6 +13,9 @@ PIECE = 64
 """The smallest piece is a multiple of so many elements: NCCL copies by single elements where an address is not a
 multiple of 16 bytes, and a cache line is 128."""
 
+BLOCK = 256
+"""So many elements have one scale where they travel in eight bits; pieces are whole blocks then."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -39,15 +42,23 @@ class Layout:
 
     slots: tuple[Slot, ...]
     size: int
+    exact: int
+    """Where the elements begin that never travel in eight bits; the end, where that is not asked for."""
 
     @classmethod
-    def plan(cls, shapes: Sequence[tuple[str, tuple[int, ...]]], pieces: int) -> Layout:
-        """Lay parameters out one after another, in a buffer that can be cut into `pieces` equal ones."""
-        slots, end = [], 0
-        for name, shape in shapes:
+    def plan(cls, shapes: Sequence[tuple[str, tuple[int, ...]]], pieces: int, exact: int | None = None) -> Layout:
+        """Lay parameters out one after another, in a buffer that can be cut into `pieces` equal ones.
+
+        With `exact`, those from this number on lie in blocks that hold none of the others.
+        """
+        slots, end, begin = [], 0, None
+        for number, (name, shape) in enumerate(shapes):
+            if number == exact:
+                begin = end = _up(end, BLOCK)
             slots.append(Slot(name, tuple(shape), _up(end, ALIGNED)))
             end = slots[-1].end
-        return cls(tuple(slots), _up(end, PIECE * pieces))
+        size = _up(end, (PIECE if exact is None else BLOCK) * pieces)
+        return cls(tuple(slots), size, size if begin is None else begin)
 
     def within(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
         """For each slot the part that lies in [begin, end), counted from `begin`; empty parts are (x, x)."""

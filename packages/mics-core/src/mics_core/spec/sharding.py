@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from numbers import Real
 
@@ -12,6 +13,9 @@ from mics_core.errors import ConfigError
 
 WORLD = -1
 """A degree that stands for all ranks, however many there will be."""
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+"""The dtypes in which sums of gradients and differences of weights may travel."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,20 @@ class Precision:
     compute: the gathered parameters, and so the activations. Inputs of the model are converted to it.
     reduce: gradients on their way between ranks.
     master: the weights that the optimizer updates, the gradients that micro-steps add to, the optimizer's state.
+    between_nodes: torch.int8, torch.float8_e4m3fn or torch.float8_e5m2 for what travels between nodes once a step: sums
+        of gradients, and how far the weights that are shown have fallen behind their masters, with a float32 scale for
+        256 elements. Weights as such never do; where compute is the master's dtype they stay exact.
+    hop1_between_nodes: the same for gradients of each micro-step, where grads is more than a node.
+    exact: patterns of parameters' names, such as "*.router.*", that travel as without the two; so do vectors.
     """
 
     compute: torch.dtype = torch.float32
     reduce: torch.dtype = torch.float32
     master: torch.dtype = torch.float32
     loss_scale: LossScale | None = None
+    between_nodes: torch.dtype | None = None
+    hop1_between_nodes: torch.dtype | None = None
+    exact: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("compute", "reduce", "master"):
@@ -132,21 +144,52 @@ class Precision:
 
         if not isinstance(self.loss_scale, LossScale | None):
             raise ConfigError(f"Precision: loss_scale is {self.loss_scale!r}, expected a mics.LossScale, or None")
+        for name in ("between_nodes", "hop1_between_nodes"):
+            dtype = getattr(self, name)
+            if dtype not in (None, *EIGHT_BITS):
+                raise ConfigError(
+                    f"Precision: {name} is {dtype!r}, expected torch.int8, torch.float8_e4m3fn, torch.float8_e5m2 or "
+                    "None"
+                )
+            if dtype is not None and torch.float64 in (self.compute, self.reduce, self.master):
+                raise ConfigError(
+                    f"Precision: {name} is {dtype} beside float64, expected compute, reduce and master of 32 or 16 "
+                    "bits: leave it out, or use float32"
+                )
+        if not isinstance(self.exact, tuple) or not all(isinstance(pattern, str) for pattern in self.exact):
+            raise ConfigError(
+                f"Precision: exact is {self.exact!r}, expected a tuple of patterns, such as ('*.router.*',)"
+            )
+
+    @property
+    def has_eight_bits(self) -> bool:
+        """Whether anything may travel in eight bits."""
+        return self.between_nodes is not None or self.hop1_between_nodes is not None
+
+    def is_exact(self, name: str, dimensions: int) -> bool:
+        """Whether a parameter never travels in eight bits: by default what has one dimension or none."""
+        return dimensions < 2 or any(fnmatchcase(name, pattern) for pattern in self.exact)
 
     @classmethod
-    def fp32(cls) -> Precision:
+    def fp32(cls, *, between_nodes: torch.dtype | None = None) -> Precision:
         """float32 throughout."""
-        return cls()
+        return cls(between_nodes=between_nodes)
 
     @classmethod
-    def bf16(cls, reduce: torch.dtype = torch.bfloat16) -> Precision:
+    def bf16(cls, reduce: torch.dtype = torch.bfloat16, *, between_nodes: torch.dtype | None = None) -> Precision:
         """Compute in bfloat16; keep, add and update in float32."""
-        return cls(torch.bfloat16, reduce)
+        return cls(torch.bfloat16, reduce, between_nodes=between_nodes)
 
     @classmethod
-    def fp16(cls, reduce: torch.dtype = torch.float32, loss_scale: LossScale | None = None) -> Precision:
+    def fp16(
+        cls,
+        reduce: torch.dtype = torch.float32,
+        loss_scale: LossScale | None = None,
+        *,
+        between_nodes: torch.dtype | None = None,
+    ) -> Precision:
         """Compute in float16 with a dynamic loss scale; keep, add and update in float32.
 
         Gradients travel in float32 unless you choose otherwise: the sum over many ranks leaves float16's range.
         """
-        return cls(torch.float16, reduce, torch.float32, loss_scale or LossScale())
+        return cls(torch.float16, reduce, torch.float32, loss_scale or LossScale(), between_nodes)

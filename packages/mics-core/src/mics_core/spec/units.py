@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mics_core.errors import ConfigError
+from mics_core.spec.layout import Layout
+from mics_core.spec.sharding import Precision
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules that are never called."""
@@ -47,8 +49,27 @@ class UnitSpec:
     trained: tuple[Member, ...]
     frozen: tuple[Member, ...]
 
+    def arranged(self, precision: Precision) -> UnitSpec:
+        """The same, with what never travels in eight bits last."""
+        if not precision.has_eight_bits:
+            return self
+        return replace(self, trained=tuple(sorted(self.trained, key=lambda member: _is_exact(member, precision))))
+
     def __str__(self) -> str:
         return self.name or "the root"
+
+
+def lay_out(members: Sequence[Member], pieces: int, precision: Precision | None = None) -> Layout:
+    """Of members that are arranged; `precision` where they are trained."""
+    shapes = [(member.name, tuple(member.parameter.shape)) for member in members]
+    exact = None
+    if precision is not None and precision.has_eight_bits:
+        exact = sum(not _is_exact(member, precision) for member in members)
+    return Layout.plan(shapes, pieces, exact)
+
+
+def _is_exact(member: Member, precision: Precision) -> bool:
+    return precision.is_exact(member.name, member.parameter.dim())
 
 
 def find(model: nn.Module, rule: UnitRule | None) -> list[UnitSpec]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mics_core.comm.ladder import Ladder, Route, Transfer
+import torch
+
+from mics_core.comm.ladder import Coding, Ladder, Route, Transfer
+from mics_core.comm.parcel import Parcel
 from mics_core.errors import LifecycleError
 from mics_core.spec.sharding import Sharding
 from mics_core.unit.unit import ShardedState, Unit
@@ -74,8 +77,11 @@ class Gatherer:
                 self._start(unit)
                 self.ahead += unit.nbytes
 
-    def refresh(self, unit: Unit) -> None:
-        """The optimizer changed `refreshed` of this unit: bring the new weights to where gathers start from."""
+    def refresh(self, unit: Unit, *, exact: bool = False) -> None:
+        """Bring new weights to where gathers start from: after a step, or `exact` those in `refreshed`.
+
+        After a step these are in `refreshed`, too, unless differences from it are sent in eight bits.
+        """
         if unit.uses:
             raise LifecycleError(
                 f"step: {unit.name} is in use by a forward or backward, so its parameters cannot change: step after "
@@ -86,9 +92,13 @@ class Gatherer:
         if low == high:
             return
 
-        transfer = Transfer(Route.REFRESH, f"refresh of {unit.name}", "refresh", low, high)
         if unit.trains:
-            unit.refreshing = self._ladder.all_gather_async(transfer, unit.trained.refreshed, unit.trained.shard)
+            shards, coding = unit.trained, None
+            if shards.sends_differences and not exact:
+                coding = Coding(lambda mine: mine.fill(shards.master, shards.refreshed), _add_difference)
+            form = None if coding is None else shards.forms.refresh
+            transfer = Transfer(Route.REFRESH, f"refresh of {unit.name}", "refresh", low, high, form)
+            unit.refreshing = self._ladder.all_gather_async(transfer, shards.refreshed, shards.shard, coding=coding)
         if unit.stays_whole:
             unit.unsharding = unit.refreshing
             unit.state = ShardedState.UNSHARDING
@@ -108,3 +118,7 @@ class Gatherer:
         unit.state = ShardedState.UNSHARDING
         self.bytes += unit.nbytes
         self.peak = max(self.peak, self.bytes)
+
+
+def _add_difference(shard: torch.Tensor, came: Parcel) -> None:
+    came.add_difference(shard)

@@ -13,15 +13,17 @@ from functools import partial
 import torch
 
 from mics_core.comm.counters import Counters
-from mics_core.comm.ladder import Ladder, Route, Transfer
+from mics_core.comm.ladder import Coding, Ladder, Route, Transfer
 from mics_core.comm.lanes import DONE, Work
+from mics_core.comm.parcel import Addends, Parcel, add_up
 from mics_core.comm.questions import Answers
 from mics_core.comm.transfer_order import Question
 from mics_core.comm.world import World
 from mics_core.errors import LifecycleError
 from mics_core.spec.sharding import Precision, Sharding
+from mics_core.spec.topology import Scope
 from mics_core.unit.unit import Gradient, Unit
-from mics_kernels import accumulate, pack
+from mics_kernels import pack
 
 
 class Reducer:
@@ -77,11 +79,12 @@ class Reducer:
         self._ladder.wait(busy)
         self._pack(tensors, buffer, offsets, early)
 
-        def add(addends: list[torch.Tensor]) -> None:
+        def add(addends: Addends) -> None:
             self._counters.added(shards.grad_sum, addends, overwrite=overwrite)
-            accumulate(shards.grad_sum, addends, late, overwrite=overwrite)
+            add_up(shards.grad_sum, addends, late, overwrite=overwrite)
 
-        transfer = Transfer(Route.HOP1, f"hop 1 of {unit.name}", "hop 1", 1, self._sharding.grads)
+        what, form = f"hop 1 of {unit.name}", shards.forms.hop1
+        transfer = Transfer(Route.HOP1, what, "hop 1", 1, self._sharding.grads, form)
         unit.reducing = self._ladder.reduce_scatter_async(transfer, buffer, add, after=[unit.reducing])
         self._staging.busy_until(unit.reducing)
 
@@ -91,11 +94,12 @@ class Reducer:
         if not self._hop2:
             return
         grad_sum = unit.trained.grad_sum
-        if grad_sum.dtype == self._wires.dtype:
+        scope = self._ladder.scope_above(self._sharding.grads)
+        # What travels in eight bits from the start is rounded once, from the sum itself.
+        if grad_sum.dtype == self._wires.dtype or (unit.trained.forms.hop2 and scope is Scope.INTER):
             unit.reducing = self._to_the_top(unit, grad_sum, unit.reducing)
             return
         wire, busy = self._wires.next(grad_sum.numel(), grad_sum.device)
-        scope = self._ladder.scope_above(self._sharding.grads)
         job = partial(self._pack, [grad_sum], wire, [0], 1.0)
         packed = self._ladder.submit(Route.HOP2, scope, f"hop 2 of {unit.name}", job, after=[unit.reducing, busy])
         unit.reducing = self._to_the_top(unit, wire, packed)
@@ -159,7 +163,7 @@ class Reducer:
         ladder, shards, what = self._ladder, unit.trained, f"hop 2 of {unit.name}"
         low, high, world = self._sharding.grads, self._sharding.optimizer, self._world.size
         late = 1.0 if self._early else self._mean
-        up = Transfer(Route.HOP2, what, "hop 2", low, world)
+        up = Transfer(Route.HOP2, what, "hop 2", low, world, shards.forms.hop2)
         if high == world:
             return ladder.reduce_scatter_async(up, wire, partial(self._write, shards.grad_mean, late), after=[ready])
         begin, end = ladder.range(shards.layout.size, world, within=low)
@@ -167,15 +171,17 @@ class Reducer:
         top = ladder.reduce_scatter_async(up, wire, partial(self._write, mine, late), after=[ready])
         begin, end = ladder.range(shards.layout.size, high, within=low)
         mean = wire[begin:end]
-        work = ladder.all_gather_async(Transfer(Route.REFRESH, what, "sync", high, world), mine, mean, after=[top])
+        down = Transfer(Route.REFRESH, what, "sync", high, world, shards.forms.hop2)
+        coding = Coding(lambda parcel: parcel.fill(mine), _restore)
+        work = ladder.all_gather_async(down, mine, mean, after=[top], coding=coding)
         if wire is shards.grad_sum:
             return work
         job = partial(self._write, shards.grad_mean, 1.0, [mean])
         return ladder.submit(Route.REFRESH, ladder.scope_above(high), what, job, after=[work])
 
-    def _write(self, target: torch.Tensor, scale: float, addends: Sequence[torch.Tensor]) -> None:
+    def _write(self, target: torch.Tensor, scale: float, addends: Addends) -> None:
         self._counters.added(target, addends, overwrite=True)
-        accumulate(target, addends, scale, overwrite=True)
+        add_up(target, addends, scale, overwrite=True)
 
     def _pack(
         self, tensors: Sequence[torch.Tensor], out: torch.Tensor, offsets: list[int], scale: float, *, add: bool = False
@@ -209,6 +215,10 @@ class Reducer:
             if not unit.took_part[index]:
                 unit.take_part(index)
         return first
+
+
+def _restore(mean: torch.Tensor, came: Parcel) -> None:
+    add_up(mean, [came], overwrite=True)
 
 
 class _Ring:

@@ -2,7 +2,8 @@
 
     flat       [N]      compute dtype   the whole unit; its memory exists only while it is gathered, unless P = 1
     shard      [N / P]  compute dtype   my piece of it, what gathers start from
-    refreshed  [N / O]  compute dtype   the part of `shard` that my `master` is rounded into
+    refreshed  [N / O]  compute dtype   the part of `shard` that my `master` is rounded into, or that follows it in
+                                        differences of eight bits: then it is state, too, as is all of `shard`
     master     [N / O]  master dtype    what the optimizer updates; it is `refreshed` itself where the dtypes agree
     grad_sum   [N / G]  master dtype    gradients summed over the G ranks below and over the micro-steps so far
     grad_mean  [N / O]  master dtype    the part of `grad_sum` that the optimizer reads: after hop 2 the mean
@@ -24,9 +25,9 @@ import torch
 from mics_core.comm.ladder import Ladder
 from mics_core.comm.world import World
 from mics_core.errors import ConfigError, LifecycleError
-from mics_core.spec.layout import Layout
+from mics_core.spec.eight_bits import Forms
 from mics_core.spec.sharding import Precision, Sharding
-from mics_core.spec.units import Member
+from mics_core.spec.units import Member, lay_out
 from mics_core.unit.slices import slice_of
 
 
@@ -45,7 +46,8 @@ class Shards:
     ) -> None:
         self.sites = [member.sites for member in members]
         self.is_trained = trained
-        self.layout = layout = Layout.plan([(m.name, m.parameter.shape) for m in members], ladder.rungs.degrees[-1])
+        self.layout = layout = lay_out(members, ladder.rungs.degrees[-1], precision if trained else None)
+        self.forms = Forms.of(precision, layout.exact)
         self.sharding = sharding
         size, p, device = layout.size, sharding.params, world.device
         o = sharding.optimizer if trained else p
@@ -60,6 +62,9 @@ class Shards:
         self.shard = self.incoming if p == 1 else self.incoming.new_zeros(size // p)
         begin, end = ladder.range(size, o, within=p)
         self.refreshed = self.shard[begin:end]
+        self.sends_differences = (
+            trained and self.forms.refresh is not None and ladder.crosses_nodes(sharding.params, sharding.optimizer)
+        )
         shared = not trained or precision.master == precision.compute
         self.master = self.refreshed if shared else torch.zeros(end - begin, dtype=precision.master, device=device)
         self._shard_at, self._master_at = ladder.range(size, p)[0], ladder.range(size, o)[0]
@@ -167,8 +172,19 @@ class Shards:
         """What was written through the parameters so far is accounted for."""
         self._version_seen = self._master_seen._version
 
+    @property
+    def to_round_into(self) -> torch.Tensor | None:
+        """Where an optimizer rounds new weights to; None where nothing is to be rounded, or differences are sent."""
+        return None if self.master is self.refreshed or self.sends_differences else self.refreshed
+
     def round_master(self) -> None:
         """Round `master` into my part of `shard`, `refreshed`."""
         self.accept_writes()
         if self.master is not self.refreshed:
             self.refreshed.copy_(self.master)
+
+    def end_step(self) -> None:
+        """An optimizer that rounds nothing has changed `master`."""
+        self.accept_writes()
+        if self.to_round_into is not None:
+            self.to_round_into.copy_(self.master)

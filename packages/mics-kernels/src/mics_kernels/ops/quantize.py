@@ -4,6 +4,7 @@
     values[i] = (flat[i] + residual[i]) / scale, rounded      |flat - values * scale| <= scale / 2 for int8
     residual  = flat + residual - values * scale              error feedback: what was lost is sent next time
 
+With a base, which others have, too, `flat - base` stands in place of `flat`: differences are finer than what differs.
 A buffer is read once and written once: per element (bytes of an input) + 1 + 4 / block.
 """
 
@@ -45,19 +46,39 @@ class Quantized(NamedTuple):
 
 @without_grad
 def quantize_reference(
-    flat: torch.Tensor, out: Quantized, block: int = 256, residual: torch.Tensor | None = None
+    flat: torch.Tensor,
+    out: Quantized,
+    block: int = 256,
+    residual: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> Quantized:
     """What `quantize` does, in torch."""
-    buffers = [flat, out.values] if residual is None else [flat, out.values, residual]
-    _by_blocks(_quantize_blocks, SCRATCH, block, out.scales, *buffers)
+    if flat.is_meta:
+        return out  # there is nothing to compute
+    given = {name: buffer for name, buffer in (("residual", residual), ("base", base)) if buffer is not None}
+
+    def op(width: int, scales: torch.Tensor, flat: torch.Tensor, values: torch.Tensor, *more: torch.Tensor) -> None:
+        _quantize_blocks(width, scales, flat, values, **dict(zip(given, more, strict=True)))
+
+    _by_blocks(op, SCRATCH, block, out.scales, flat, out.values, *given.values())
     return out
 
 
 def _quantize_blocks(
-    width: int, scales: torch.Tensor, flat: torch.Tensor, values: torch.Tensor, residual: torch.Tensor | None = None
+    width: int,
+    scales: torch.Tensor,
+    flat: torch.Tensor,
+    values: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> None:
     limit = LIMITS[values.dtype]
-    x = (flat.to(torch.float32) if residual is None else flat.to(torch.float32) + residual).view(-1, width)
+    x = flat.to(torch.float32)
+    if base is not None:
+        x = x - base
+    if residual is not None:
+        x = x + residual
+    x = x.view(-1, width)
     largest = x.abs().amax(1)  # several times faster than a norm; NaNs propagate alike
     strange = None
     if not math.isfinite(largest.sum().item()):  # one number tells, or calls for a closer look
@@ -107,6 +128,7 @@ def _quantize_kernel(
     values: tl.tensor,  # *i8 or *u8 (the bits of fp8)  [size]
     scales: tl.tensor,  # *f32 [ceil(size / WIDTH)]
     residual: tl.tensor,  # *R   [size], or None
+    base: tl.tensor,  # *B   [size], or None
     size: tl.int64,
     LIMIT: tl.constexpr,
     MANTISSA: tl.constexpr,  # bits of fp8's mantissa; 0 for int8
@@ -116,9 +138,9 @@ def _quantize_kernel(
     """One program quantizes one tile of whole blocks."""
     tile = tl.program_id(0).to(tl.int64)
     if (tile + 1) * TILE <= size:
-        _quantize_tile(flat, values, scales, residual, tile, size, LIMIT, MANTISSA, WIDTH, TILE, False)
+        _quantize_tile(flat, values, scales, residual, base, tile, size, LIMIT, MANTISSA, WIDTH, TILE, False)
     else:
-        _quantize_tile(flat, values, scales, residual, tile, size, LIMIT, MANTISSA, WIDTH, TILE, True)
+        _quantize_tile(flat, values, scales, residual, base, tile, size, LIMIT, MANTISSA, WIDTH, TILE, True)
 
 
 @jit
@@ -127,6 +149,7 @@ def _quantize_tile(
     values: tl.tensor,
     scales: tl.tensor,
     residual: tl.tensor,
+    base: tl.tensor,
     tile: tl.tensor,
     size: tl.tensor,
     LIMIT: tl.constexpr,
@@ -140,6 +163,9 @@ def _quantize_tile(
     index = tile * TILE + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = index < size if MASKED else None
     x = convert(tl.load(flat + index, mask=inside, other=0) if MASKED else tl.load(flat + index), tl.float32)
+    if base is not None:
+        known = tl.load(base + index, mask=inside, other=0) if MASKED else tl.load(base + index)
+        x -= convert(known, tl.float32)
     if residual is not None:
         kept = tl.load(residual + index, mask=inside, other=0) if MASKED else tl.load(residual + index)
         x += convert(kept, tl.float32)
@@ -202,7 +228,9 @@ def _dequantize_tile(
     tl.store(out + index, convert(back * scale[:, None], out.dtype.element_ty), mask=inside)
 
 
-def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: torch.Tensor | None) -> Quantized:
+def _launch_quantize(
+    flat: torch.Tensor, out: Quantized, block: int, residual: torch.Tensor | None, base: torch.Tensor | None
+) -> Quantized:
     tile = TILE if residual is None else TILE_WITH_RESIDUAL
     launch(
         _quantize_kernel,
@@ -212,6 +240,7 @@ def _launch_quantize(flat: torch.Tensor, out: Quantized, block: int, residual: t
         out.values if out.values.dtype == torch.int8 else out.values.view(torch.uint8),
         out.scales,
         residual,
+        base,
         flat.numel(),
         LIMIT=LIMITS[out.values.dtype],
         MANTISSA=MANTISSA_BITS[out.values.dtype],
@@ -259,6 +288,7 @@ def quantize(
     *,
     block: int = 256,
     residual: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
     out: Quantized | None = None,
 ) -> Quantized:
     """Quantize the 1-D buffer `flat` to int8, float8_e4m3fn or float8_e5m2, with one scale for each `block` elements.
@@ -266,7 +296,8 @@ def quantize(
     The dtype is that of `out`, if given, else int8 unless you say.
 
     `residual`, a buffer as long as `flat` that starts as zeros, is added before and receives what rounding lost
-    (error feedback): pass the same one again next time. `out` takes the place of newly allocated results. A block
+    (error feedback): pass the same one again next time. `base`, as long too, is subtracted: add what comes back to it
+    with `accumulate`. `out` takes the place of newly allocated results. A block
     with an infinity or a NaN gets the scale NaN, so that it comes back as NaN, and leaves its residual as it was.
 
     >>> values, scales = quantize(torch.tensor([0.0, 63.0, -127.0]))
@@ -285,11 +316,12 @@ def quantize(
         raise ValueError(f"quantize: dtype is {dtype}, expected {out.values.dtype}, that of out.values, or none")
     require_flat("quantize", "out.values", out.values, tuple(LIMITS), like=flat)
     check_scales("quantize", out.scales, flat, block)
-    if residual is not None:
-        require_flat("quantize", "residual", residual, FLOATS[:3], like=flat)
+    for name, buffer in (("residual", residual), ("base", base)):
+        if buffer is not None:
+            require_flat("quantize", name, buffer, FLOATS[:3], like=flat)
     if not backend(flat.device).is_triton:
-        return quantize_reference(flat, out, block, residual)
-    return _launch_quantize(flat, out, block, residual)
+        return quantize_reference(flat, out, block, residual, base)
+    return _launch_quantize(flat, out, block, residual, base)
 
 
 def dequantize(

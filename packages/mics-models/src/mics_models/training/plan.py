@@ -42,7 +42,8 @@ def rows(settings: Settings, config: Config, corpus: Corpus, forecast: Forecast)
         f"in {corpus.train_files:,} documents, {len(corpus.held_out):,} in {corpus.held_out_files:,} held out",
         "ranks": f"{forecast.ranks} on {forecast.device}, {forecast.ranks_per_node} on a node"
         f"{' (as if: nodes are told, not found)' if settings.sharding.ranks_per_node else ''}; computing in "
-        f"{settings.sharding.precision}",
+        f"{settings.sharding.precision}"
+        + (f", {settings.sharding.between_nodes} between nodes" if settings.sharding.between_nodes else ""),
         "sharding": f"parameters cut into {p}, gradients into {g}, optimizer state into {o}",
         "memory": f"{_mb(sum(forecast.at_rest.values()))} a rank at rest ({resting}), up to {_mb(forecast.gathered)} "
         f"of gathered units, {_mb(forecast.working)} for gradients on their way, and the activations",

@@ -71,6 +71,7 @@ class ShardingSettings:
     optimizer: int = 0  # 0: as grads; -1: all ranks
     ranks_per_node: int = 0  # 0: as the launcher says
     precision: str = "fp32"  # or bf16, fp16
+    between_nodes: str = ""  # int8, float8_e4m3fn or float8_e5m2: once a step so many bits; empty: as precision says
     prefetch_mb: int = -1  # gathered ahead of its use; -1: the largest unit
 
 
@@ -165,6 +166,7 @@ class Settings:
         words = {
             "schedule.kind": ("cosine", "wsd"),
             "sharding.precision": ("fp32", "bf16", "fp16"),
+            "sharding.between_nodes": ("", "int8", "float8_e4m3fn", "float8_e5m2"),
             "checkpoint.resume": ("never", "always", "auto"),
         }
         for key, allowed in words.items():
