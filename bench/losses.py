@@ -96,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job = ["bench.losses_work", model, precision, str(options.seeds), str(options.steps)]
             rows.append(row(model, precision, ranks.run(RANKS, job, timeout=60 + options.steps * options.seeds * 2)))
             print(losses_table(rows), flush=True)
-            record.save(
-                options.out, content | {"rows": rows}
-            )
+            record.save(options.out, content | {"rows": rows})
             draw(options.out.with_suffix(".png"), rows)
     print(f"saved {options.out}")
     return 0

@@ -164,7 +164,7 @@ def test_what_the_user_fixes_stays_and_several_precisions_are_compared() -> None
         work, replace(cluster, inter=replace(cluster.inter, bandwidth=1e8)), global_batch=8, precision=(wide, BF16)
     )
     assert both.precision == BF16  # half the bytes between nodes
-    with pytest.raises(ConfigError, match="differ in reduce alone"):
+    with pytest.raises(ConfigError, match="differ in what travels alone"):
         plan(work, cluster, global_batch=64, precision=(BF16, Precision.fp32()))
 
 

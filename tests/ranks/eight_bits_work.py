@@ -76,32 +76,42 @@ def means(plan: Plan, shapes: list[tuple[int, ...]], form: Form) -> list[tuple[T
     return result
 
 
-def shown_after_a_write(degrees: tuple[int, int, int]) -> tuple[bool, bool]:
-    """Whether weights differ from their rounded masters after steps, and whether they still do after a user's write."""
+def shown_after_a_write(degrees: tuple[int, int, int]) -> tuple[bool, bool, bool, bool]:
+    """Of weights after steps: whether they are near their masters, vectors are the rounded masters, and others differ
+    from theirs. And whether any differ after a user's write.
+    """
     precision = mics.Precision.bf16(between_nodes=torch.int8)
     model = mics.shard(Mlp(), mics.Sharding(*degrees), ranks_per_node=2, precision=precision)
     optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
-    for step in range(4):
+    for step in range(6):
         loss(model, step, 0, dist.get_rank()).backward()
         optimizer.step()
         optimizer.zero_grad()
         mics.check_replicas(model)
-    after_steps = _differs(model)
+    near, vectors, others = _follow(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
     mics.check_replicas(model)
-    return after_steps, _differs(model)
+    _, vectors_then, others_then = _follow(model)
+    return near, vectors, others, others_then or not vectors_then
 
 
-def _differs(model: nn.Module) -> bool:
-    """On any rank."""
+def _follow(model: nn.Module) -> tuple[bool, bool, bool]:
+    """On all ranks, on all, on any."""
     mics.ledger(model)  # waits for what is under way
-    parts = [unit.trained for unit in registry.runtime_of(model, "test").units]
-    mine = any(not torch.equal(part.refreshed, part.master.to(part.refreshed.dtype)) for part in parts)
-    everyone: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return any(everyone)
+    near, vectors, differ = True, True, False
+    for unit in registry.runtime_of(model, "test").units:
+        part = unit.trained
+        rounded = part.master.to(part.refreshed.dtype)
+        blocked = min(max(part.layout.exact - part._master_at, 0), len(rounded))
+        off, eps = (part.refreshed.float() - part.master).abs(), torch.finfo(rounded.dtype).eps
+        near &= bool((off <= eps * (part.master.abs() + part.master.abs().max() / 100)).all())
+        vectors &= torch.equal(part.refreshed[blocked:], rounded[blocked:])
+        differ |= not torch.equal(part.refreshed[:blocked], rounded[:blocked])
+    everyone: list[tuple[bool, bool, bool]] = [(near, vectors, differ)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (near, vectors, differ))
+    return all(each[0] for each in everyone), all(each[1] for each in everyone), any(each[2] for each in everyone)
 
 
 def norm_of(bad: float, precision: mics.Precision, degrees: tuple[int, int, int]) -> float:

@@ -66,8 +66,10 @@ def test_what_is_named_stays_exact(pool: Pool, exact: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 4), (1, 4, 4), (1, 1, 4)], ids=str)
-def test_a_write_to_parameters_brings_exact_weights_everywhere(pool: Pool, degrees: tuple[int, int, int]) -> None:
-    assert pool.run(4, work.shown_after_a_write, degrees) == [(True, False)] * 4
+def test_weights_follow_their_masters_vectors_exactly_and_all_after_a_write(
+    pool: Pool, degrees: tuple[int, int, int]
+) -> None:
+    assert pool.run(4, work.shown_after_a_write, degrees) == [(True, True, True, False)] * 4
 
 
 @pytest.mark.parametrize("degrees", [(2, 2, 4), (2, 2, 2), (4, 4, 4)], ids=str)

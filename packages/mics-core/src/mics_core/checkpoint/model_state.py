@@ -18,7 +18,7 @@ from mics_core.unit.shards import Shards
 
 def weights(runtime: Runtime) -> dict[str, Cut]:
     """Every parameter, by its name: the masters of trained ones, and frozen ones, which have no other."""
-    cuts = {}
+    cuts: dict[str, Cut] = {}
     for unit in runtime.units:
         for shards in unit.parts:
             shards.check_in_place()

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from threading import Lock
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,14 @@ from mics_core.comm.lanes import Work
 from mics_core.spec.formula import Traffic
 
 _MANY = 4096  # waits whose events are kept before the finished ones are added up
+
+
+class Sized(Protocol):
+    """What has a number of bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """So many."""
 
 
 class Counters:
@@ -36,13 +45,13 @@ class Counters:
         with self._lock:
             self.memory[operation] += count
 
-    def added(self, target: torch.Tensor, parts: Sequence[torch.Tensor], *, overwrite: bool) -> None:
+    def added(self, target: torch.Tensor, parts: Sequence[Sized], *, overwrite: bool) -> None:
         """The sum of the parts was added to, or written to, `target`."""
         self.moved("accumulate", parts[0].nbytes + target.nbytes * (1 if overwrite else 2))
         if len(parts) > 1:
             self.moved("reduction", sum(part.nbytes for part in parts[1:]))
 
-    def reduced(self, target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    def reduced(self, target: torch.Tensor, parts: Sequence[Sized]) -> None:
         """Parts were summed on their way, which NCCL does inside its reduce-scatter."""
         self.moved("reduction", target.nbytes + sum(part.nbytes for part in parts))
 

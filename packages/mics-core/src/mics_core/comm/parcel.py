@@ -71,7 +71,7 @@ def add_up(target: torch.Tensor, addends: Addends, scale: float = 1.0, *, overwr
     """Add `scale` times the sum of what ranks sent to `target`, or write it there."""
     parcels = [each for each in addends if isinstance(each, Parcel)]
     if not parcels:
-        accumulate(target, addends, scale, overwrite=overwrite)
+        accumulate(target, [each for each in addends if isinstance(each, torch.Tensor)], scale, overwrite=overwrite)
         return
     blocked = parcels[0].values.numel()
     if blocked:

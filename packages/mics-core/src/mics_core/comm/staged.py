@@ -247,9 +247,10 @@ class StagedGroup:
         there = {id(message): message for other in others for message in leaving[other]}  # one may be for several
         here = {id(message): message for other in others for message in arriving[other]}
         slot = self._room(sum(message.nbytes for message in (*there.values(), *here.values())))
-        staged = dict(
-            zip((*there, *here), slot.split([m.numel() for m in (*there.values(), *here.values())]), strict=True)
-        )
+        staged, end = {}, 0
+        for key, message in (there | here).items():
+            staged[key] = slot[end : end + message.numel()]
+            end += message.numel()
         talk = partial(
             self._host.swap,
             [[staged.get(id(message), message) for message in messages] for messages in leaving],
