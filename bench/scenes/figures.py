@@ -176,6 +176,30 @@ def near(name: str) -> Goal:
     return Goal(f"{name}, step over the limit (stand-in)", ("stand-in",), figure, 1.15, at_most=True)
 
 
+def fewer(exact: str, bound: float) -> Goal:
+    """Eight bits should leave a node in so many of the bytes, as the wire counts them."""
+
+    def figure(records: Mapping[str, Found]) -> float | None:
+        (case,) = records["eight-bits"]["cases"]
+        few, many = (case["variants"][name]["sent"][-1] for name in (f"{exact} int8", exact))
+        return float(few / many)
+
+    return Goal(
+        f"{exact} int8, bytes from a node over those without (eight-bits)", ("eight-bits",), figure, bound, True
+    )
+
+
+def keeps(name: str, scenes: tuple[str, str], bound: float) -> Goal:
+    """A variant should be as fast on many nodes as on few."""
+    few, many = scenes
+    return Goal(
+        f"{name}, weak scaling from 2 to 8 nodes ({few}, {many})",
+        scenes,
+        lambda records: _divided(seconds(records[few], name), seconds(records[many], name)),
+        bound,
+    )
+
+
 GOALS = (
     *[near(f"mics {degrees}") for degrees in ("2,2,4", "4,4,4", "2,2,8", "2,2,2", "1,1,1")],
     faster("peers-large", "mics 2,2,4", "HSDP 4", 6.0),
@@ -194,6 +218,12 @@ GOALS = (
         0.98,
     ),
     faster("hierarchy", "mics 4,4,4", "mics 4,4,4 flat", 1.45),
+    fewer("mics 2,2,8", 0.52),
+    fewer("mics 2,2,8 fp32-sums", 0.35),
+    fewer("mics 2,2,8 fp32", 0.64),
+    faster("eight-bits", "mics 2,2,8 int8", "HSDP 4", 12.0),
+    faster("eight-bits", "mics 2,2,8 int8", "HSDP 2", 1.8),
+    keeps("mics 2,2,-1 int8", ("weak-bf16-2", "weak-bf16-8"), 0.98),
 )
 
 

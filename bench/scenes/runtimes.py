@@ -10,6 +10,9 @@
         flat               ranks_per_node=1: the ladder knows no nodes, and every gather is one all-to-all exchange
         no-prefetch        prefetch_bytes=0: a gather begins when its unit is needed
         no-overlap         no mics.accumulate: hop 2 begins at the clip, and no unit is kept between micro-steps
+        int8               Precision(between_nodes=torch.int8)
+        fp32-sums          in mixed precision gradients travel in float32
+        fp32               all is float32, also in mixed precision
 
 All clip the norm and step with AdamW. FSDP2 gathers the next unit in advance, in both directions: its best setting.
 """
@@ -22,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
@@ -47,6 +50,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "flat": {"ranks_per_node": 1},
     "no-prefetch": {"prefetch_bytes": 0},
     "no-overlap": {},
+    "int8": {},
+    "fp32-sums": {},
+    "fp32": {},
 }
 
 
@@ -65,9 +71,12 @@ class Terms:
         """How FSDP2 does; gradients travel in it, too."""
         return MixedPrecisionPolicy(param_dtype=None if self.precision == "fp32" else torch.bfloat16)
 
-    def mics(self) -> mics.Precision:
+    def mics(self, options: Sequence[str] = ()) -> mics.Precision:
         """How ours does, likewise."""
-        return mics.Precision.fp32() if self.precision == "fp32" else mics.Precision.bf16()
+        mixed = self.precision != "fp32" and "fp32" not in options
+        chosen = mics.Precision.bf16() if mixed else mics.Precision.fp32()
+        chosen = replace(chosen, reduce=torch.float32) if "fp32-sums" in options else chosen
+        return replace(chosen, between_nodes=torch.int8) if "int8" in options else chosen
 
 
 class Runtime(Protocol):
@@ -158,7 +167,7 @@ class Ours:
     def __init__(self, model: nn.Module, terms: Terms, sharding: mics.Sharding, options: Sequence[str]) -> None:
         self.marked = "no-overlap" not in options
         told = {key: value for option in options for key, value in OPTIONS[option].items()}
-        self.model = mics.shard(model, sharding, precision=terms.mics(), **told)
+        self.model = mics.shard(model, sharding, precision=terms.mics(options), **told)
         self._optimizer = mics.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
     def accumulate(self, batches: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ class Scene:
     latency_ms: float = 1.0
     micro_steps: tuple[int, ...] = (4,)
     stand_in: StandIn = NONE
+    precision: str = "fp32"  # as of `Terms`
     width: int = 320
     blocks: int = 4
     steps: int = 1  # in a row, between two looks at the clock
@@ -87,6 +88,37 @@ _WEAK = Scene(
     rounds=2,
 )
 
+_EIGHT_BITS = Scene(
+    "eight-bits",
+    "Eight bits between nodes, in mixed precision",
+    (
+        "HSDP 4",
+        "HSDP 2",
+        "mics 2,2,8",
+        "mics 2,2,8 int8",
+        "mics 2,2,8 fp32-sums",
+        "mics 2,2,8 fp32-sums int8",
+        "mics 2,2,8 fp32",
+        "mics 2,2,8 fp32 int8",
+    ),
+    budget=240,
+    precision="bf16",
+    width=1024,
+    rounds=3,
+)
+_WEAK_BF16 = replace(
+    _EIGHT_BITS,
+    name="weak-bf16-2",
+    question="Weak scaling in mixed precision, with waits of 60 ms for a block and pass",
+    variants=("HSDP 2", "mics 2,2,-1", "mics 2,2,-1 int8"),
+    budget=60,
+    nodes=2,
+    rate_mbit=400.0,
+    latency_ms=2.0,
+    stand_in=StandIn(0.060, 0.060),
+    width=320,
+)
+
 SCENES = (
     _PEERS,
     replace(_PEERS, name="peers-400", rate_mbit=400.0, micro_steps=(1, 4), budget=70),
@@ -139,4 +171,7 @@ SCENES = (
         stand_in=COMPUTE,
         rounds=3,
     ),
+    _EIGHT_BITS,
+    _WEAK_BF16,
+    replace(_WEAK_BF16, name="weak-bf16-8", nodes=8, budget=90),
 )

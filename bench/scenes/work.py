@@ -19,7 +19,7 @@ from bench.harness import order
 from bench.ranks import report
 from bench.scenes.limit import bytes_leaving, limit, unit_times
 from bench.scenes.model import ROWS, Model
-from bench.scenes.runtimes import Ours, Runtime, runtime
+from bench.scenes.runtimes import Ours, Runtime, Terms, runtime
 from bench.scenes.table import Scene
 
 
@@ -83,8 +83,9 @@ def run(scene: Scene) -> list[dict[str, Any]]:
     most = max(scene.micro_steps)
     generator = torch.Generator().manual_seed(2)
     batches = list(torch.randn(world, most, ROWS, scene.width, generator=generator)[rank])
+    terms = Terms(torch.device("cpu"), scene.precision)
     variants = {
-        name: runtime(name, lambda: Model(scene.width, scene.blocks, scene.stand_in)) for name in scene.variants
+        name: runtime(name, lambda: Model(scene.width, scene.blocks, scene.stand_in), terms) for name in scene.variants
     }
     held = {name: warm_up(variant, batches[:1]) for name, variant in variants.items()}
     cases = []
