@@ -89,18 +89,19 @@ class HostGroup:
         return rows
 
     def swap(self, leaving: Messages, arriving: Messages) -> None:
-        """As of any group."""
+        """As of any group. What goes to one rank goes in one message, which costs more than a copy of its bytes."""
+        into = {other: _in_one(arriving[other]) for other in self._others}
+        sent = {other: _in_one(leaving[other], filled=True) for other in self._others}
         receives = [
-            (other, self._group.recv([message], other, message.nbytes % _TAGS))
-            for other in self._others
-            for message in arriving[other]
+            (other, self._group.recv([message], other, message.nbytes % _TAGS)) for other, message in into.items()
         ]
-        sends = [
-            (other, self._group.send([message], other, message.nbytes % _TAGS))
-            for other in self._others
-            for message in leaving[other]
-        ]
+        sends = [(other, self._group.send([message], other, message.nbytes % _TAGS)) for other, message in sent.items()]
         self._wait(receives, sends)
+        for other, message in into.items():
+            if len(arriving[other]) > 1:
+                torch._foreach_copy_(
+                    list(arriving[other]), list(message.split([part.numel() for part in arriving[other]]))
+                )
 
     def in_order(self, parts: torch.Tensor, arrived: torch.Tensor) -> list[torch.Tensor]:
         """What others send, in the order in which I talk to them, and my own part, in the order of the ranks."""
@@ -116,6 +117,13 @@ class HostGroup:
                     raise silent(
                         verb, self.membership.ranks[other], f" on level {self.membership.name}", error
                     ) from error
+
+
+def _in_one(messages: Sequence[torch.Tensor], *, filled: bool = False) -> torch.Tensor:
+    """Memory for all of them, side by side."""
+    if len(messages) == 1:
+        return messages[0]
+    return torch.cat(list(messages)) if filled else messages[0].new_empty(sum(part.numel() for part in messages))
 
 
 class DeviceGroup:
