@@ -98,10 +98,10 @@ class HostGroup:
         sends = [(other, self._group.send([message], other, message.nbytes % _TAGS)) for other, message in sent.items()]
         self._wait(receives, sends)
         for other, message in into.items():
-            if len(arriving[other]) > 1:
-                torch._foreach_copy_(
-                    list(arriving[other]), list(message.split([part.numel() for part in arriving[other]]))
-                )
+            begin = 0
+            for part in arriving[other] if len(arriving[other]) > 1 else ():
+                part.copy_(message[begin : begin + part.numel()])
+                begin += part.numel()
 
     def in_order(self, parts: torch.Tensor, arrived: torch.Tensor) -> list[torch.Tensor]:
         """What others send, in the order in which I talk to them, and my own part, in the order of the ranks."""

@@ -29,7 +29,7 @@ from functools import partial
 import torch
 
 from mics_core.comm.counters import Counters
-from mics_core.comm.groups import Group
+from mics_core.comm.groups import Group, Membership, Messages
 from mics_core.comm.lanes import DONE, Lane, Work
 from mics_core.comm.parcel import Addends, Parcel, Room, add_up
 from mics_core.comm.transfer_order import TransferOrder
@@ -187,20 +187,31 @@ class Ladder:
             piece = out[begin:end]
 
     def _all_gather_coded(self, transfer: Transfer, coding: Coding, out: torch.Tensor, low: int, high: int) -> None:
-        form, size = transfer.form, out.numel() * low
-        assert form is not None
-        (whole,) = self._room(transfer, low).parcels(form, [self.range(size, low)])
-        mine = whole.part(*self.range(size, high))
+        room, size = self._room(transfer, low), out.numel() * low
+        key = (transfer.form, size, low, high)
+        whole, mine, swaps = room.once(key, partial(self._gather_plan, room, transfer, size, low, high))
         coding.fill(mine)
         self._counters.moved("quantize", mine.nbytes + (mine.end - mine.begin) * 2 * out.itemsize)
-        for level in reversed(self.rungs.levels(low, high)):
-            group = self._groups[transfer.route, level]
-            parts = _cut(whole.part(*self.range(size, self.rungs.degrees[level])), len(group.membership.ranks))
-            leaving = parts[group.membership.index].tensors()
-            self._count(transfer, level, self._peers(level) * parts[group.membership.index].nbytes)
-            group.swap([leaving] * len(parts), [part.tensors() for part in parts])
+        for level, sent, leaving, arriving in swaps:
+            self._count(transfer, level, sent)
+            self._groups[transfer.route, level].swap(leaving, arriving)
         self._counters.added(out, [whole], overwrite=False)
         coding.take(out, whole)
+
+    def _gather_plan(
+        self, room: Room, transfer: Transfer, size: int, low: int, high: int
+    ) -> tuple[Parcel, Parcel, list[tuple[int, int, Messages, Messages]]]:
+        """All of it, my part of it, and for each level what is sent, in bytes, and what leaves and arrives."""
+        assert transfer.form is not None
+        (whole,) = room.parcels(transfer.form, [self.range(size, low)])
+        swaps: list[tuple[int, int, Messages, Messages]] = []
+        for level in reversed(self.rungs.levels(low, high)):
+            membership = self._groups[transfer.route, level].membership
+            parts = _cut(whole.part(*self.range(size, self.rungs.degrees[level])), len(membership.ranks))
+            mine = parts[membership.index]
+            leaving = [mine.tensors()] * len(parts)
+            swaps.append((level, self._peers(level) * mine.nbytes, leaving, [part.tensors() for part in parts]))
+        return whole, whole.part(*self.range(size, high)), swaps
 
     def reduce_scatter(self, transfer: Transfer, buffer: torch.Tensor, low: int, high: int) -> Addends:
         """Bring everyone's `buffer`, their pieces at degree `low`, up to `high`; return the addends of mine.
@@ -221,19 +232,29 @@ class Ladder:
         return addends
 
     def _exchange_coded(self, transfer: Transfer, group: Group, buffer: torch.Tensor, level: int) -> list[Parcel]:
-        form, degree = transfer.form, self.rungs.degrees[level]
-        assert form is not None
-        size, index = buffer.numel() * degree, group.membership.index
-        mine = self.range(size, self.rungs.degrees[level + 1])
-        ranges = [self.range(size, degree), *[mine] * self._peers(level)]
-        whole, *arriving = self._room(transfer, degree).parcels(form, ranges)
+        degree = self.rungs.degrees[level]
+        room, size = self._room(transfer, degree), buffer.numel() * degree
+        key = (transfer.form, size, level)
+        plan = partial(self._exchange_plan, room, transfer, group.membership, size, level)
+        whole, addends, sent, leaving, arriving = room.once(key, plan)
         whole.fill(buffer)
         self._counters.moved("quantize", buffer.nbytes + whole.nbytes)
-        parts = _cut(whole, len(group.membership.ranks))
-        addends = [*arriving[:index], parts[index], *arriving[index:]]
-        self._count(transfer, level, whole.nbytes - parts[index].nbytes)
-        group.swap([part.tensors() for part in parts], [addend.tensors() for addend in addends])
+        self._count(transfer, level, sent)
+        group.swap(leaving, arriving)
         return addends
+
+    def _exchange_plan(
+        self, room: Room, transfer: Transfer, membership: Membership, size: int, level: int
+    ) -> tuple[Parcel, list[Parcel], int, Messages, Messages]:
+        """What leaves, the addends of my piece by rank, what is sent, in bytes; messages that leave and arrive."""
+        assert transfer.form is not None
+        below, above = self.rungs.degrees[level : level + 2]
+        ranges = [self.range(size, below), *[self.range(size, above)] * self._peers(level)]
+        whole, *arriving = room.parcels(transfer.form, ranges)
+        parts, index = _cut(whole, len(membership.ranks)), membership.index
+        addends = [*arriving[:index], parts[index], *arriving[index:]]
+        leaving = [part.tensors() for part in parts]
+        return whole, addends, whole.nbytes - parts[index].nbytes, leaving, [each.tensors() for each in addends]
 
     def _reduce_scatter_into(
         self, transfer: Transfer, buffer: torch.Tensor, mine: torch.Tensor, low: int, high: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -81,11 +82,23 @@ def add_up(target: torch.Tensor, addends: Addends, scale: float = 1.0, *, overwr
         accumulate(target[blocked:], [parcel.rest for parcel in parcels], scale, overwrite=overwrite)
 
 
+Plan = TypeVar("Plan")
+
+
 class Room:
     """Memory for parcels, used again by each job of a lane: jobs of one lane come one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
+        self._plans: dict[object, Any] = {}
+
+    def once(self, key: object, make: Callable[[], Plan]) -> Plan:
+        """What `make` makes of this memory, once: its views cost more than a short transfer."""
+        if key not in self._plans:
+            plan = make()
+            self._plans[key] = plan
+        found: Plan = self._plans[key]
+        return found
 
     def parcels(self, form: EightBits, ranges: Sequence[tuple[int, int]]) -> list[Parcel]:
         """One for each range, with anything in it; those given before are overwritten."""
@@ -99,7 +112,9 @@ class Room:
                 end = -(-(end + size) // _ALIGNED) * _ALIGNED
             places.append(parts)
         if self._bytes.numel() < end:
-            self._bytes = self._bytes.new_empty(end)
+            self._plans.clear()
+            with torch.inference_mode(False):  # a lane, where no mode of the caller's holds, writes to it
+                self._bytes = self._bytes.new_empty(end)
         dtypes = (form.values, torch.float32, form.rest)
         return [
             Parcel(form, *range_, *[self._bytes[b:e].view(dtype) for (b, e), dtype in zip(parts, dtypes, strict=True)])
