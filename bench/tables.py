@@ -11,6 +11,7 @@ from typing import Any
 from bench.checkpoints import checkpoints_note, checkpoints_table
 from bench.kernels import kernels_note, kernels_table
 from bench.links import links_table
+from bench.losses import losses_table
 from bench.planner import planner_note, planner_table
 from bench.record import origin, table
 from bench.scenes.figures import (
@@ -157,6 +158,7 @@ TABLES: Mapping[str, Table] = {
     "wires": _one("cpu/wires", "python -m bench.wires", wires_table),
     "host": _one("cpu/host", "python -m bench.host", _host),
     "links": _one("cpu/links", "python -m bench.links", lambda found: links_table(found["rows"])),
+    "losses": _one("cpu/losses", "python -m bench.losses", lambda found: losses_table(found["rows"])),
     "planner": _one("cpu/planner", "python -m bench.planner", _planner),
     "training": Table(("*/training",), _training),
     "checkpoints": _one("cpu/checkpoints", "python -m bench.checkpoints", _checkpoints),

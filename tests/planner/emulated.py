@@ -144,11 +144,11 @@ def records() -> list[Path]:
 
 @cache
 def rows() -> dict[tuple[str, str, int], Row]:
-    """All measured steps but those without `mics.accumulate`, whose schedule is not simulated."""
+    """All measured steps in float32 but those without `mics.accumulate`, whose schedule is not simulated."""
     found = {}
     for path in records():
         record = json.loads(path.read_text())
-        for case in record["cases"]:
+        for case in record["cases"] if record["scene"].get("precision", "fp32") == "fp32" else ():
             for variant, figures in case["variants"].items():
                 row = Row(record["scene"], variant, case["micro_steps"], figures["spread"]["median"])
                 if "no-overlap" not in variant:
