@@ -3,17 +3,19 @@
 Each copy sees its own rank's data, as the sharded model does. So a rank does the work of one rank, and not of all.
 """
 
-from typing import Any
-
+import torch
 import torch.distributed as dist
 from torch import nn
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Make every copy's gradients the sum of all copies', added up in the order of ranks: the same bits on all."""
-    mine = [None if parameter.grad is None else parameter.grad.cpu() for parameter in model.parameters()]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for parameter, *grads in zip(model.parameters(), *everyone, strict=True):
-        present = [grad.to(parameter.device) for grad in grads if grad is not None]
-        parameter.grad = sum(present[1:], present[0]) if present else None
+    """Make every copy's gradients the sum of all copies', in float64: the same bits on all, whose order is one."""
+    parameters = list(model.parameters())
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = torch.tensor([p.grad is not None for p in parameters], device=grads[0].device)
+    mine = torch.cat([*[grad.detach().reshape(-1).double() for grad in grads], there.double()])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    *sums, there = torch.stack(everyone).sum(0).split([*[grad.numel() for grad in grads], len(parameters)])
+    for parameter, total, holders in zip(parameters, sums, there.tolist(), strict=True):
+        parameter.grad = total.view_as(parameter).to(parameter.dtype) if holders else None
