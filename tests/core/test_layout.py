@@ -5,7 +5,7 @@ from math import prod
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mics_core.spec.layout import ALIGNED, PIECE, Layout
+from mics_core.spec.layout import ALIGNED, BLOCK, PIECE, Layout
 
 SHAPES = st.lists(st.lists(st.integers(0, 20), max_size=3).map(tuple), max_size=8)
 
@@ -32,3 +32,13 @@ def test_pieces_together_hold_every_element_once(shapes: list[tuple[int, ...]], 
             assert 0 <= first <= last <= end - begin
             elements += range(begin + first - slot.begin, begin + last - slot.begin)
     assert found == [list(range(prod(shape))) for shape in shapes]
+
+
+@given(shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), max_size=6), exact=st.integers(0, 6))
+def test_what_stays_exact_lies_last_in_blocks_of_its_own(shapes: list[tuple[int, ...]], exact: int) -> None:
+    exact = min(exact, len(shapes))
+    layout = Layout.plan([(str(number), shape) for number, shape in enumerate(shapes)], 4, exact)
+    assert layout.size % (4 * BLOCK) == 0
+    assert layout.exact % BLOCK == 0
+    assert all(slot.end <= layout.exact for slot in layout.slots[:exact])
+    assert all(slot.begin >= layout.exact for slot in layout.slots[exact:])

@@ -79,3 +79,17 @@ def test_precisions_by_their_names() -> None:
 def test_dtypes_that_lose_too_much_are_refused(dtypes: Any, sentence: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         Precision(**dtypes)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"between_nodes": torch.float16}, "between_nodes is torch.float16, expected torch.int8"),
+        ({"hop1_between_nodes": "int8"}, "hop1_between_nodes is 'int8', expected torch.int8"),
+        ({"between_nodes": torch.int8, "master": torch.float64}, "beside float64"),
+        ({"exact": "*.bias"}, "exact is '\\*.bias', expected a tuple"),
+    ],
+)
+def test_eight_bits_that_cannot_be_are_refused(words: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Precision(**words)

@@ -223,3 +223,18 @@ def test_published_cases_fit_and_are_cut(name: str, cluster: str, samples: int, 
     found = mics.plan(model, Cluster.parse(cluster), global_batch=samples, seq=tokens, precision=BF16)
     assert found.memory.total <= found.cluster.memory
     assert found.sharding.params > 1
+
+
+def test_eight_bits_are_weighed_and_said_and_taken_only_if_they_are_asked_for() -> None:
+    work, cluster = workload(8), narrow()
+    found = plan(work, cluster, global_batch=64, precision=BF16)
+    assert found.precision == BF16
+    few, many = map(float, re.search(r"would send ([\d.]+) of ([\d.]+) MB", found.eight_bits).groups())
+    assert 0.5 < few / many < 1  # gathers, and gradients of each micro-step, stay as they are
+    assert found.eight_bits.split(",")[0] in " ".join(found.table(width=200).split())
+    asked = replace(BF16, between_nodes=torch.int8)
+    told = plan(work, cluster, global_batch=64, precision=asked)
+    assert not told.eight_bits
+    assert "between_nodes=torch.int8" in told.call()
+    assert "sharding.between_nodes=int8" in told.command("-m mics_models.pretrain")
+    assert not plan(work, replace(cluster, nodes=1), global_batch=64, precision=BF16).eight_bits
