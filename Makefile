@@ -93,7 +93,7 @@ bench-links: setup ## Measure how much of a slow link the transfers between emul
 bench-peers: setup ## Measure a training step on emulated nodes against the peers (needs root): six minutes.
 	@$(PY) -m bench.scenes peers-100 peers-400 peers-large $(ARGS)
 
-bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root): 16 minutes.
+bench-scenes: setup ## Measure all scenes on emulated nodes: peers, scaling, what each mechanism brings (needs root): 23 minutes.
 	@$(PY) -m bench.scenes $(ARGS)
 
 bench-checkpoints: setup ## Measure checkpoints against the disk, and what a background save costs: a minute.
