@@ -126,6 +126,7 @@ def save(
     def collect() -> _Told:
         runtime.lifecycle.require_rest("save")
         wait_for_saves()
+        runtime.lifecycle.bring_what_users_wrote()  # or weights that forwards compute with would be those from before
         runtime.wait()
         place = Place(path_of(path, "save").absolute())
         if keep is not None and (type(keep) is not int or keep < 1):

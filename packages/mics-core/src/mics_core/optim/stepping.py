@@ -40,6 +40,9 @@ def begin(runtime: Runtime, optimizer: Optimizer) -> list[Unit]:
     ]
     runtime.ladder.order.call(f"a step of {type(optimizer).__name__} with {settings}")
     runtime.clipping.find_overflow(present)
+    for unit in present:
+        if unit.trained.sends_differences:
+            unit.refreshing.wait()  # another optimizer's step began it, and it reads the masters that are to change
     return present
 
 

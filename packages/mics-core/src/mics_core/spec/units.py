@@ -69,7 +69,7 @@ def lay_out(members: Sequence[Member], pieces: int, precision: Precision | None 
 
 
 def _is_exact(member: Member, precision: Precision) -> bool:
-    return precision.is_exact(member.name, member.parameter.dim())
+    return any(precision.is_exact(site.path, member.parameter.dim()) for site in member.sites)
 
 
 def find(model: nn.Module, rule: UnitRule | None) -> list[UnitSpec]:
