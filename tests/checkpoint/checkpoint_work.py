@@ -166,6 +166,26 @@ def go_on(cluster: Cluster, setting: Setting, folder: Path) -> tuple[list[float]
     return losses, whole(model)
 
 
+@torch.no_grad()
+def write_and_save(cluster: Cluster, setting: Setting, folder: Path) -> Tensor:
+    """A save right after a user's write to the parameters; what a forward gives then."""
+    model, optimizer = build(cluster, setting, seed=1)
+    with torch.enable_grad():
+        train(model, optimizer, 0, 2)
+    for parameter in model.parameters():
+        parameter.clamp_(-0.05, 0.05)
+    mics.save(folder / "step-2", model, optimizer)
+    return model.eval()(torch.ones(ROWS, WIDTH))
+
+
+@torch.no_grad()
+def load_and_look(cluster: Cluster, setting: Setting, folder: Path) -> Tensor:
+    """What a forward gives after that is loaded."""
+    model, optimizer = build(cluster, setting, seed=2)
+    mics.load(folder, model, optimizer)
+    return model.eval()(torch.ones(ROWS, WIDTH))
+
+
 def come_back(cluster: Cluster, setting: Setting, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """The same from the save on."""
     model, optimizer = build(cluster, setting, seed=2)

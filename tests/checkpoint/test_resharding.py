@@ -101,3 +101,10 @@ def test_a_checkpoint_without_shown_weights_begins_with_rounded_masters(pool: Po
     for _, weights in pool.run(4, work.come_back, spread, Setting(precision=EIGHT_BITS), tmp_path):
         for name, weight in weights.items():
             torch.testing.assert_close(weight, before[0][1][name], atol=3e-2, rtol=3e-2, msg=name)
+
+
+def test_what_users_wrote_before_a_save_is_what_a_load_computes_with(pool: Pool, tmp_path: Path) -> None:
+    spread, setting = Cluster(4, 2, Sharding(2, 2, 4)), Setting(precision=EIGHT_BITS)
+    before = pool.run(4, work.write_and_save, spread, setting, tmp_path)
+    after = pool.run(4, work.load_and_look, spread, setting, tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mics_core import ConfigError
+from mics_core import ConfigError, Precision
 from mics_core.spec.units import UnitRule, find
 
 
@@ -95,3 +95,12 @@ def test_frozen_parameters_lie_apart() -> None:
 
 def test_a_model_without_parameters_has_a_root() -> None:
     assert cut(nn.ReLU()) == {"": []}
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.weight"])
+def test_any_name_of_a_tied_weight_keeps_it_exact(name: str) -> None:
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    (root,) = find(model, None)
+    assert root.exact(Precision()) == 4  # the bias
+    assert root.exact(Precision(exact=(name,))) == 4 + 16

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import mics_core as mics
 from mics_core import registry
 from seeded import seeded
-from training_work import Mlp, Plan, loss, make_optimizer
+from training_work import Mlp, Plan, loss, steps
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,8 @@ def shown_after_a_write(degrees: tuple[int, int, int]) -> tuple[bool, bool, bool
     """
     precision = mics.Precision.bf16(between_nodes=torch.int8)
     model = mics.shard(Mlp(), mics.Sharding(*degrees), ranks_per_node=2, precision=precision)
-    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
-    for step in range(6):
-        loss(model, step, 0, dist.get_rank()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mics.check_replicas(model)
+    steps(model, 6)
+    mics.check_replicas(model)
     near, vectors, others = _follow(model)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -144,6 +144,7 @@ class Account:
     counted: dict[tuple[str, str], Traffic]
     predicted: dict[tuple[str, str], Traffic]
     memory: dict[str, float]
+    parcels: tuple[int, int]  # bytes that lanes keep for what travels in eight bits, and those of the formula
 
 
 def accounts(
@@ -164,7 +165,9 @@ def accounts(
         ledger = mics.ledger(model)
         parameters = WIDTH * WIDTH * (1 + 2 * blocks)
         memory = {operation: count / parameters for operation, count in ledger.memory.items()}
-        result.append(Account(sharding, ledger.counted, ledger.predicted(micro_steps, marked=marked), memory))
+        kept = sum(room.nbytes for room in registry.runtime_of(model, "test").ladder.rooms.values())
+        parcels = kept, ledger.formula.working()["parcels"]
+        result.append(Account(sharding, ledger.counted, ledger.predicted(micro_steps, marked=marked), memory, parcels))
     return result
 
 

@@ -43,9 +43,11 @@ EIGHT_BITS = [
 def test_bytes_of_eight_bits_equal_the_formula_scales_and_exact_vectors_included(
     pool: Pool, precision: Precision
 ) -> None:
-    for rank in pool.run(8, work.accounts, CHAINS, 2, precision, 2, True, 2):
+    for rank in pool.run(8, work.accounts, [*CHAINS, Sharding(2, 8, 8)], 2, precision, 2, True, 2):
         for account in rank:
             assert account.counted == account.predicted, account.sharding
+            kept, expected = account.parcels
+            assert kept == expected, account.sharding
 
 
 @pytest.mark.parametrize(("reduce", "most"), [(torch.bfloat16, 25), (torch.float32, 34)], ids=str)
@@ -69,7 +71,9 @@ def test_local_copies_move_few_bytes_per_parameter_and_step(pool: Pool, reduce: 
     ("sharding", "precision"),
     [
         pytest.param(Sharding(1, 1, 1), Precision.fp32()),
-        pytest.param(Sharding(2, 2, 4), Precision.bf16()),
+        pytest.param(Sharding(2, 2, 4), Precision.bf16(between_nodes=torch.int8)),
+        pytest.param(Sharding(2, 4, 4), Precision.bf16(between_nodes=torch.int8), marks=deep),
+        pytest.param(Sharding(2, 2, 4), Precision.bf16(), marks=deep),
         pytest.param(Sharding(1, 1, 1), Precision.bf16(), marks=deep),
         pytest.param(Sharding(2, 2, 4), Precision.fp32(), marks=deep),
         *[pytest.param(Sharding.mics(2), precision, marks=deep) for precision in (Precision.fp32(), Precision.bf16())],

@@ -238,6 +238,16 @@ def train(
         return {name: (ours - theirs).detach().abs().max().item() for (name, ours), theirs in pairs}, worst_norm
 
 
+def steps(model: nn.Module, count: int) -> torch.optim.Optimizer:
+    """Some of one micro-step; the optimizer that took them."""
+    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
+    for step in range(count):
+        loss(model, step, 0, dist.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
 # ---- lanes that are late
 
 LATE = 0.004  # seconds, far more than the computation between two jobs
@@ -264,21 +274,29 @@ def differing_if_late(plan: Plan, precision: mics.Precision, words: Sequence[str
     the lanes that no word delayed.
     """
 
-    def outcome() -> list[bytes]:
+    def outcome(*, patient: bool = False) -> list[bytes]:
         torch.manual_seed(5)
         model = mics.shard(Mlp(), plan.sharding, ranks_per_node=plan.per_node, precision=precision)
-        optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
+        # Two share each unit: the second one changes masters while the first one's refresh is under way.
+        halves: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for number, parameter in enumerate(model.parameters()):
+            halves[number // 2 % 2].append(parameter)  # one matrix of a block is in each
+        optimizers = [make_optimizer("mics.AdamW", half, True) for half in halves]
         seen = []
         for step in range(3):
             for number in plan.batches(model):
                 (loss(model, step, number, dist.get_rank()) / plan.micro_steps).backward()
             seen.append(mics.clip_grad_norm_(model, 0.5))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                if patient:
+                    mics.ledger(model)  # waits for the refresh
+            for optimizer in optimizers:
+                optimizer.zero_grad()
         with mics.full_params(model):
             return [bytes(x.detach().view(-1).view(torch.uint8).tolist()) for x in (*seen, *model.parameters())]
 
-    prompt = outcome()
+    prompt = outcome(patient=True)
     wrong, delayed = [], set()
     for word in words:
         with late(word) as names:
@@ -296,11 +314,7 @@ def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, byt
     """After two steps, what this rank holds: which piece of what, and its bytes."""
     torch.manual_seed(dist.get_rank())  # what ranks draw for themselves must not be in what they compare
     model = mics.shard(Mlp(), sharding, ranks_per_node=per_node, precision=mics.Precision.bf16())
-    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
-    for step in range(2):
-        loss(model, step, 0, dist.get_rank()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    steps(model, 2)
     mics.check_replicas(model)
     runtime = registry.runtime_of(model, "test")
     held = []
@@ -316,12 +330,7 @@ def replicas(sharding: mics.Sharding, per_node: int) -> list[tuple[int, str, byt
 def steps_counted(sharding: mics.Sharding) -> dict[str, float]:
     """What AdamW has counted for each parameter in two steps."""
     model = mics.shard(Mlp(), sharding, ranks_per_node=2)
-    optimizer = make_optimizer("mics.AdamW", model.parameters(), True)
-    for step in range(2):
-        loss(model, step, 0, dist.get_rank()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    state = optimizer.state_dict()["state"]
+    state = steps(model, 2).state_dict()["state"]
     return {name: float(state[number]["step"]) for number, (name, _) in enumerate(model.named_parameters())}
 
 

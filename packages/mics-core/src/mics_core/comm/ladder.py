@@ -89,7 +89,7 @@ class Ladder:
         self._names = [rungs.name(level) for level in rungs.levels(1, world.size)]
         self._lanes: dict[tuple[Route, Scope], tuple[str, Lane]] = {}
         self._groups: dict[tuple[Route, int], Group] = {}
-        self._rooms: dict[str, Room] = {}  # by lane
+        self.rooms: dict[str, Room] = {}  # by lane
         spans = {
             Route.GATHER: (1, sharding.params),
             Route.HOP1: (1, sharding.grads),
@@ -104,7 +104,7 @@ class Ladder:
                 # A late gather stops the computation, and a late hop 1 the ring of buffers; the others have time.
                 urgent = route in (Route.GATHER, Route.HOP1)
                 self._lanes[route, scope] = lane, world.lane(lane, urgent=urgent)
-                self._rooms[lane] = Room(world.device)
+                self.rooms[lane] = Room(world.device)
                 self._groups[route, level] = world.group(
                     rungs.members(self.rank, level), f"{self._names[level]}, {name}"
                 )
@@ -273,7 +273,7 @@ class Ladder:
         return self.rungs.degrees[level + 1] // self.rungs.degrees[level] - 1
 
     def _room(self, transfer: Transfer, degree: int) -> Room:
-        return self._rooms[self._lanes[transfer.route, self.scope_above(degree)][0]]
+        return self.rooms[self._lanes[transfer.route, self.scope_above(degree)][0]]
 
     # ---- a few numbers
 

@@ -12,8 +12,6 @@ from mics_core.spec.eight_bits import EightBits
 from mics_core.spec.layout import BLOCK
 from mics_kernels import Quantized, accumulate, quantize
 
-_ALIGNED = 16  # bytes, at which kernels find values
-
 
 @dataclass(frozen=True)
 class Parcel:
@@ -92,6 +90,11 @@ class Room:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self._plans: dict[object, Any] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """So much memory is kept."""
+        return self._bytes.nbytes
+
     def once(self, key: object, make: Callable[[], Plan]) -> Plan:
         """What `make` makes of this memory, once: its views cost more than a short transfer."""
         if key not in self._plans:
@@ -102,15 +105,7 @@ class Room:
 
     def parcels(self, form: EightBits, ranges: Sequence[tuple[int, int]]) -> list[Parcel]:
         """One for each range, with anything in it; those given before are overwritten."""
-        places, end = [], 0
-        for first, last in ranges:
-            blocked, rest = form.lengths(first, last)
-            sizes = (blocked * form.values.itemsize, blocked // BLOCK * 4, rest * form.rest.itemsize)
-            parts = []
-            for size in sizes:
-                parts.append((end, end + size))
-                end = -(-(end + size) // _ALIGNED) * _ALIGNED
-            places.append(parts)
+        places, end = form.places(ranges)
         if self._bytes.numel() < end:
             self._plans.clear()
             with torch.inference_mode(False):  # a lane, where no mode of the caller's holds, writes to it

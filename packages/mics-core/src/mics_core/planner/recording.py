@@ -62,7 +62,7 @@ def record(recorded: Recorded, micro_steps: int) -> list[list[Entry]]:
     """
     world = RecordedWorld(recorded.ranks, device=META, sums=recorded.sums)
     program = world.program
-    model = _StandIn(program, recorded.sizes)
+    model = _StandIn(program, recorded.sizes, recorded.precision)
     largest = max(size.trained + size.frozen for size in recorded.sizes) * recorded.precision.compute.itemsize
     with torch.enable_grad():
         shard(
@@ -113,11 +113,11 @@ class _Compute(torch.autograd.Function):
 class _UnitStandIn(nn.Module):
     """Parameters of so many elements."""
 
-    def __init__(self, program: Program, number: int, size: UnitSize) -> None:
+    def __init__(self, program: Program, number: int, size: UnitSize, exact: int) -> None:
         super().__init__()
         self._program, self._number = program, number
         # What has two dimensions may travel in eight bits.
-        shapes = {"matrix": (1, size.trained - size.exact), "vector": (size.exact,), "frozen": (size.frozen,)}
+        shapes = {"matrix": (1, size.trained - exact), "vector": (exact,), "frozen": (size.frozen,)}
         for name, shape in shapes.items():
             if shape[-1]:
                 weight = nn.Parameter(torch.empty(shape, device=META), requires_grad=name != "frozen")
@@ -135,9 +135,10 @@ class _UnitStandIn(nn.Module):
 class _StandIn(_UnitStandIn):
     """Units one after another, the root around them."""
 
-    def __init__(self, program: Program, sizes: Sequence[UnitSize]) -> None:
-        super().__init__(program, 0, sizes[0])
-        self.units = nn.ModuleList(_UnitStandIn(program, number, size) for number, size in enumerate(sizes) if number)
+    def __init__(self, program: Program, sizes: Sequence[UnitSize], precision: Precision) -> None:
+        root, *units = [(size, size.exact if precision.has_eight_bits else 0) for size in sizes]
+        super().__init__(program, 0, *root)
+        self.units = nn.ModuleList(_UnitStandIn(program, number, *unit) for number, unit in enumerate(units, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.units:

@@ -132,7 +132,7 @@ def _precisions(precision: Precision | Sequence[Precision] | None) -> Sequence[P
         return [Precision.fp32()]
     several = precision if isinstance(precision, Sequence) else [precision]
     right = bool(several) and all(isinstance(each, Precision) for each in several)
-    if not right or len({(each.compute, each.master) for each in several}) != 1:
+    if not right or len({(each.compute, each.master, each.exact) for each in several}) != 1:
         raise ConfigError(
             f"plan: precision is {precision!r}, expected one mics.Precision, or several that differ in what travels "
             "alone: plan for each compute dtype apart"

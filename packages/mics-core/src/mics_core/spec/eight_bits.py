@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mics_core.spec.layout import BLOCK
 from mics_core.spec.sharding import Precision
+
+ALIGNED = 16
+"""Bytes, at which each part of what travels begins in memory: kernels load in wide accesses there."""
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,25 @@ class EightBits:
         blocked = min(max(self.exact - begin, 0), end - begin)
         return blocked, end - begin - blocked
 
-    def nbytes(self, begin: int, end: int) -> int:
-        """What travels of a range: values, scales, rest."""
+    def sizes(self, begin: int, end: int) -> tuple[int, int, int]:
+        """Bytes of a range's values, scales and rest."""
         blocked, rest = self.lengths(begin, end)
-        return blocked * self.values.itemsize + blocked // BLOCK * torch.float32.itemsize + rest * self.rest.itemsize
+        return blocked * self.values.itemsize, blocked // BLOCK * torch.float32.itemsize, rest * self.rest.itemsize
+
+    def nbytes(self, begin: int, end: int) -> int:
+        """What travels of a range."""
+        return sum(self.sizes(begin, end))
+
+    def places(self, ranges: Sequence[Range]) -> tuple[list[list[Range]], int]:
+        """Where the three parts of each range lie in one memory, and how many bytes that has."""
+        places, end = [], 0
+        for begin, last in ranges:
+            parts = []
+            for size in self.sizes(begin, last):
+                parts.append((end, end + size))
+                end = -(-(end + size) // ALIGNED) * ALIGNED
+            places.append(parts)
+        return places, end
 
 
 @dataclass(frozen=True)

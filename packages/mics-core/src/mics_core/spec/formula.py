@@ -30,7 +30,7 @@ class UnitSize:
 
     trained: int
     frozen: int
-    exact: int = 0  # of the trained ones, the last so many, which never travel in eight bits
+    exact: int = 0  # of the trained ones, so many never travel in eight bits, and come last where others do
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,16 @@ class Formula:
         return found.get(action) if self.rungs.scope(level) is Scope.INTER else None
 
     def _sends_coded(self, form: EightBits, action: str, size: int, below: int, above: int) -> int:
-        mine = self._coded(form, size, above)
+        mine = form.nbytes(*self._range(size, above))
         if action.startswith("hop"):
-            return self._coded(form, size, below) - mine  # to each peer its own part
+            return form.nbytes(*self._range(size, below)) - mine  # to each peer its own part
         return (above // below - 1) * mine  # mine to each
 
-    def _coded(self, form: EightBits, size: int, degree: int) -> int:
+    def _range(self, size: int, degree: int) -> tuple[int, int]:
+        """Of the rank's piece."""
         length = size // degree
         begin = self.rungs.piece_number(self.rank, degree) * length
-        return form.nbytes(begin, begin + length)
+        return begin, begin + length
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -132,35 +133,38 @@ class Formula:
         reduce = self.precision.reduce.itemsize
         g, world, node = self.sharding.grads, self.rungs.degrees[-1], self.rungs.topology.ranks_per_node
         largest = max(unit.trained for unit in (self.root, *self.units))
-        parcels = self._parcels()
-        direct = "hop 2" in parcels and g >= node  # rounded to eight bits from the sum itself
+        coded = self._coded_actions()
+        direct = "hop 2" in coded and g >= node  # rounded to eight bits from the sum itself
         wires = 0 if direct or self.precision.reduce == self.precision.master else len(self.rungs.legs(g, world))
         summed = [
             (below, above)
             for level, (below, above) in enumerate(pairwise(self.rungs.degrees))
-            if self.rungs.scope(level) is Scope.INTRA or ("hop 1" if above <= g else "hop 2") not in parcels
+            if self.rungs.scope(level) is Scope.INTRA or ("hop 1" if above <= g else "hop 2") not in coded
         ]
         return {
             "staging": 2 * largest * reduce if g > 1 else 0,
             "wire": wires * (largest // g) * reduce if g < world else 0,
             "received": sum((above // below - 1) * (largest // above) * reduce for below, above in summed),
-            "parcels": sum(parcels.values()),
+            "parcels": coded.pop("hop 1", 0) + max(coded.values(), default=0),
         }
 
-    def _parcels(self) -> dict[str, int]:
-        """Bytes that lanes keep for what travels in eight bits: hop 1's, and the one of all that comes once a step."""
-        largest = max((self.root, *self.units), key=lambda unit: unit.trained)
-        needed: dict[str, int] = {}
-        for action in ("hop 1", "hop 2", "sync", "refresh"):
-            for level, _ in self.sends(action, largest):
-                form = self.form(action, largest, level)
-                if form is not None and action not in needed:  # the lowest such level has the longest pieces
-                    below, above = self.rungs.degrees[level : level + 2]
-                    arriving = (above // below - 1) * form.nbytes(0, largest.trained // above)
-                    needed[action] = form.nbytes(0, largest.trained // below)
-                    needed[action] += arriving if action.startswith("hop") else 0
-        once = max((count for action, count in needed.items() if action != "hop 1"), default=0)
-        return {action: needed[action] if action == "hop 1" else once for action in needed if action[:3] == "hop"}
+    def _coded_actions(self) -> dict[str, int]:
+        """What travels in eight bits, and the bytes that its lane keeps for that. Hop 1 has a lane of its own."""
+        kept: dict[str, int] = {}
+        for unit in (self.root, *self.units):
+            for action in ("hop 1", "hop 2", "sync", "refresh"):
+                for level, _ in self.sends(action, unit):
+                    form = self.form(action, unit, level)
+                    if form is not None:
+                        _, count = form.places(self._ranges(action, unit.trained, level))
+                        kept[action] = max(kept.get(action, 0), count)
+        return kept
+
+    def _ranges(self, action: str, size: int, level: int) -> list[tuple[int, int]]:
+        """What lies in memory at once: a level's whole, and in a sum what the others send for my part of it."""
+        below, above = self.rungs.degrees[level : level + 2]
+        arriving = above // below - 1 if action.startswith("hop") else 0
+        return [self._range(size, below), *[self._range(size, above)] * arriving]
 
     def memory(self) -> int:
         """Bytes that one rank holds at most, activations apart."""
@@ -186,8 +190,10 @@ def formula(
     """Of a model that was cut into these units; the sharding is resolved."""
 
     def size(unit: UnitSpec) -> UnitSize:
-        trained = lay_out(unit.trained, topology.world, precision)
-        return UnitSize(trained.size, lay_out(unit.frozen, topology.world).size, trained.size - trained.exact)
+        trained, frozen = lay_out(unit.trained, topology.world, precision), lay_out(unit.frozen, topology.world)
+        # Without eight bits nothing lies apart, and a plan that weighs them takes the elements alone.
+        exact = trained.size - trained.exact if precision.has_eight_bits else unit.exact(precision)
+        return UnitSize(trained.size, frozen.size, exact)
 
     root, *others = map(size, units)
     return Formula(sharding, precision, Rungs.of(sharding, topology), root, tuple(others), rank)

@@ -55,6 +55,10 @@ class UnitSpec:
             return self
         return replace(self, trained=tuple(sorted(self.trained, key=lambda member: _is_exact(member, precision))))
 
+    def exact(self, precision: Precision) -> int:
+        """Elements of trained parameters that would never travel in eight bits."""
+        return sum(member.parameter.numel() for member in self.trained if _is_exact(member, precision))
+
     def __str__(self) -> str:
         return self.name or "the root"
 
