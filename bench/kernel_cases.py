@@ -10,7 +10,7 @@ import torch
 from bench.adamw_work import adamw_work
 from bench.flat_work import accumulate_work, adding_pack_work, moving_pack_work, pack_work, square_sum_work, unpack_work
 from bench.layouts import Layout, block_sizes, small_sizes
-from bench.quantize_work import accumulate_quantized_work, dequantize_work, quantize_work
+from bench.quantize_work import accumulate_quantized_work, dequantize_work, difference_work, quantize_work
 from bench.work import BF16, FP32, INT8, Work
 
 KB, MB = 1 << 10, 1 << 20
@@ -65,6 +65,7 @@ LINES = (
     Line("quantize", "bf16 to int8", 2, lambda n, on: quantize_work(n, INT8, on)),
     Line("quantize", "bf16 to fp8", 2, lambda n, on: quantize_work(n, torch.float8_e4m3fn, on), (64 * MB,)),
     Line("quantize", "error feedback", 2, lambda n, on: quantize_work(n, INT8, on, feedback=True), (64 * MB,)),
+    Line("quantize", "fp32 - bf16 to int8", 4, difference_work),
     Line("dequantize", "int8 to fp32", 4, dequantize_work),
 )
 

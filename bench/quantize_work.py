@@ -61,6 +61,33 @@ def quantize_work(elements: int, to: torch.dtype, device: torch.device, *, feedb
     )
 
 
+def difference_work(elements: int, device: torch.device) -> Work:
+    """What a refresh sends: by how much float32 masters differ from the bfloat16 weights that everybody has."""
+    base = normal(elements, BF16, device)
+    flat = base.to(FP32) + 1e-3 * normal(elements, FP32, device)
+
+    def by_multiplying() -> Quantized:
+        x = (flat - base).view(-1, BLOCK)
+        largest = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True).clamp_(min=2.0**-100)
+        return Quantized((x * (127 / largest)).round_().clamp_(-127, 127).to(INT8).view(-1), (largest / 127).view(-1))
+
+    def by_dividing() -> Quantized:
+        x = (flat - base).view(-1, BLOCK)
+        scale = x.abs().amax(1, keepdim=True).clamp_(min=2.0**-100).div_(127)
+        return Quantized((x / scale).round_().clamp_(-127, 127).to(INT8).view(-1), scale.view(-1))
+
+    out = Quantized(torch.empty(elements, dtype=INT8, device=device), poison(elements // BLOCK, FP32, device))
+    return Work(
+        bytes=elements * (FP32.itemsize + BF16.itemsize + 1) + elements // BLOCK * FP32.itemsize,
+        ours=Candidate(lambda: quantize(flat, block=BLOCK, base=base, out=out), results=list),
+        idioms={
+            "abs, amax, div": Candidate(by_dividing, results=list),
+            "vector_norm, mul": Candidate(by_multiplying, results=list),
+        },
+        tolerance=1e-5,
+    )
+
+
 def dequantize_work(elements: int, device: torch.device) -> Work:
     values = torch.randint(-127, 128, (elements,), dtype=INT8, device=device)
     scales = normal(elements // BLOCK, FP32, device).abs_()
