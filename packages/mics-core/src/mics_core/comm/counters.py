@@ -16,7 +16,7 @@ from mics_core.spec.formula import Traffic
 _MANY = 4096  # waits whose events are kept before the finished ones are added up
 
 
-class Sized(Protocol):
+class HasBytes(Protocol):
     """What has a number of bytes."""
 
     @property
@@ -45,13 +45,13 @@ class Counters:
         with self._lock:
             self.memory[operation] += count
 
-    def added(self, target: torch.Tensor, parts: Sequence[Sized], *, overwrite: bool) -> None:
+    def added(self, target: torch.Tensor, parts: Sequence[HasBytes], *, overwrite: bool) -> None:
         """The sum of the parts was added to, or written to, `target`."""
         self.moved("accumulate", parts[0].nbytes + target.nbytes * (1 if overwrite else 2))
         if len(parts) > 1:
             self.moved("reduction", sum(part.nbytes for part in parts[1:]))
 
-    def reduced(self, target: torch.Tensor, parts: Sequence[Sized]) -> None:
+    def reduced(self, target: torch.Tensor, parts: Sequence[HasBytes]) -> None:
         """Parts were summed on their way, which NCCL does inside its reduce-scatter."""
         self.moved("reduction", target.nbytes + sum(part.nbytes for part in parts))
 
