@@ -5,6 +5,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,6 +101,29 @@ def test_what_is_no_index_is_a_sentence(tmp_path: Path, index: bytes) -> None:
     with pytest.raises(RuntimeError, match=r"\.metadata (is no index of a checkpoint|holds a int)") as caught:
         describe(step)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args", [(metadata.Metadata, "TORCH_CHANNELS_LAST"), (metadata._MEM_FORMAT_ENCODING, "mro"), ([], "pop")]
+)
+def test_attributes_are_members_of_one_enum_or_refused(tmp_path: Path, args: tuple[object, str]) -> None:
+    step = saved(tmp_path)
+    forge(step, called("builtins", "getattr", *args))
+    with pytest.raises(RuntimeError, match=r"holds builtins\.getattr of another object, which no index holds"):
+        describe(step)
+
+
+def test_an_index_that_an_early_python_3_11_wrote_is_read(tmp_path: Path) -> None:
+    """Before 3.11.4 a member of an enum is pickled as an attribute of its class."""
+
+    def reduce(member: metadata._MEM_FORMAT_ENCODING, _: int) -> tuple[object, ...]:
+        return getattr, (type(member), member.name)
+
+    with patch.object(metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", reduce):
+        path = saved(tmp_path) / ".metadata"
+    assert b"getattr" in path.read_bytes()
+    properties = read_index(path.read_bytes(), path).state_dict_metadata["model.weight"].properties
+    assert properties.memory_format is torch.contiguous_format
 
 
 def test_an_index_that_a_later_python_wrote_is_read(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class _Index(pickle.Unpickler):
             return lambda layout: torch.serialization._get_layout(layout)  # type: ignore[no-untyped-call]
         if module in _PATHS and name in ("PosixPath", "WindowsPath"):
             return lambda *parts: PurePath(*parts)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         for known in _OF_METADATA:
             if (module, name) == (known.__module__, known.__name__):
                 return known
@@ -70,6 +72,13 @@ class _Index(pickle.Unpickler):
             changed = [known.__name__ for known, attributes in before.items() if _put_back(known, attributes)]
             if changed:
                 raise pickle.UnpicklingError(f"the index changes {', '.join(changed)}, which no index does")
+
+
+def _member(kind: object, name: object) -> metadata._MEM_FORMAT_ENCODING:
+    """What Python before 3.11.4 looks up as an attribute: a member of the enum of memory formats, and nothing else."""
+    if kind is not metadata._MEM_FORMAT_ENCODING or name not in metadata._MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("the index holds builtins.getattr of another object, which no index holds")
+    return metadata._MEM_FORMAT_ENCODING[str(name)]
 
 
 def _put_back(known: type, attributes: dict[str, Any]) -> bool:
