@@ -138,6 +138,12 @@ def _training(records: Records) -> str:
     return "\n\n".join(tables) or _missing(["training"], "python -m bench.training")
 
 
+def _losses(records: Records) -> str:
+    """Of runs of some models and precisions each, as they take long."""
+    tables = [f"{losses_table(found['rows'])}\n{_made(found)}" for found in records.values()]
+    return "\n\n".join(tables) or _missing(["losses"], "python -m bench.losses")
+
+
 def _checkpoints(found: Mapping[str, Any]) -> str:
     return f"{checkpoints_table(found['rows'])}\n\n{checkpoints_note(found['rows'])}"
 
@@ -158,7 +164,7 @@ TABLES: Mapping[str, Table] = {
     "wires": _one("cpu/wires", "python -m bench.wires", wires_table),
     "host": _one("cpu/host", "python -m bench.host", _host),
     "links": _one("cpu/links", "python -m bench.links", lambda found: links_table(found["rows"])),
-    "losses": _one("cpu/losses", "python -m bench.losses", lambda found: losses_table(found["rows"])),
+    "losses": Table(("cpu/losses*",), _losses),
     "planner": _one("cpu/planner", "python -m bench.planner", _planner),
     "training": Table(("*/training",), _training),
     "checkpoints": _one("cpu/checkpoints", "python -m bench.checkpoints", _checkpoints),
